@@ -1,0 +1,156 @@
+"""State of the layers whose weight is divided by its spectral norm; the mathematics is in ``functional``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lcnn._checks import check_positive
+from lightning_lcnn.functional.linear_operators import LinearOperator
+from lightning_lcnn.functional.power_iteration import (
+    SingularTriplet,
+    largest_singular_triplet,
+    power_iteration,
+)
+
+_STATE = ("weight", "spectral_gradient", "right_vector")
+
+
+class SpectralLayer(nn.Module):
+    """Base of the spectral layers: y = A(W γ/σ) x + b with σ(W) = ⟨W, G⟩.
+
+    G = ∂σ/∂W, the buffer ``spectral_gradient``, is the pull-back of the leading singular pair u vᵀ on the
+    weight. It is constant in :meth:`forward`, which therefore costs one dot product and has an exact
+    gradient; :meth:`update_spectral_norm` refreshes it from time to time.
+    """
+
+    weight: Tensor
+    spectral_gradient: Tensor  # shaped like weight
+    right_vector: Tensor  # input shape without batch; (0,) until the input size is known
+    log_gamma: nn.Parameter | None
+
+    def _create_spectral_state(self, gamma: float | None, right_shape: tuple[int, ...] | None) -> None:
+        if gamma is not None:
+            check_positive("gamma", gamma)
+        log_gamma = None if gamma is None else nn.Parameter(self.weight.new_full((), math.log(gamma)))
+        self.register_parameter("log_gamma", log_gamma)
+        self.register_buffer("spectral_gradient", torch.zeros_like(self.weight, requires_grad=False))
+        self.register_buffer("right_vector", self.weight.new_zeros(right_shape or (0,)))
+        self._reset_or_wait()
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The gain, exp(log_gamma), or None."""
+        return None if self.log_gamma is None else self.log_gamma.exp()
+
+    def slope(self) -> Tensor:
+        """Slope that the layer is trained to have: the gain, or 1; shape (), differentiable."""
+        return self.weight.new_ones(()) if self.log_gamma is None else self.log_gamma.exp()
+
+    def sigma(self) -> Tensor:
+        """Estimate ⟨W, G⟩ of the norm with the raw weight; shape (), differentiable, at least float32."""
+        weight = self._accurate_weight()
+        return (weight * self.spectral_gradient).sum()
+
+    def normalized_weight(self) -> Tensor:
+        """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive (a zero weight)."""
+        sigma = self.sigma()
+        scale = self.slope() / torch.where(sigma > 0, sigma, 1.0)
+        return (self._accurate_weight() * scale).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def update_spectral_norm(self, num_iterations: int = 1) -> Tensor:
+        """Refresh G in place by warm-started power iterations, without host synchronisation.
+
+        Args:
+            num_iterations: products with the operator and with its adjoint, each.
+
+        Returns:
+            Relative residual of the singular pair, shape ().
+        """
+        if self.right_vector.numel() == 0:
+            return self.reset_spectral_norm()
+        operator = self._operator(self._accurate_weight(), self.right_vector.shape)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            start = self.right_vector.to(self._accurate_weight().dtype)
+            triplet = power_iteration(operator.apply, operator.adjoint, start, num_iterations)
+            self._store(operator, triplet)
+        return triplet.residual
+
+    @torch.no_grad()
+    def reset_spectral_norm(self, tolerance: float = 1e-4, max_iterations: int = 240) -> Tensor:
+        """Find G anew to convergence, from a fixed start: call it after the weight was changed from outside.
+
+        Args:
+            tolerance: for the relative residual of σ².
+            max_iterations: products with the operator and with its adjoint, each.
+
+        Returns:
+            Relative residual of the singular pair, shape ().
+        """
+        known = self.right_vector.numel() > 0
+        shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
+        weight = self._accurate_weight()
+        operator = self._operator(weight, shape)
+        # A private generator: the global one stays untouched, and all ranks start from the same vector.
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        with torch.autocast(self.weight.device.type, enabled=False):
+            triplet = largest_singular_triplet(
+                operator.apply, operator.adjoint, start.to(weight), tolerance, max_iterations
+            )
+            self._store(operator, triplet, right=known)
+        return triplet.residual
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)
+    def _see_input(self, right_shape: tuple[int, ...]) -> None:
+        """The one change of state in forward: the first input tells the size at which to iterate."""
+        self.right_vector = self.spectral_gradient.new_zeros(right_shape)
+        self.reset_spectral_norm()
+
+    def _store(self, operator: LinearOperator, triplet: SingularTriplet, right: bool = True) -> None:
+        self.spectral_gradient.copy_(operator.weight_gradient(triplet.left, triplet.right))
+        if right:
+            self.right_vector.copy_(triplet.right)
+
+    def _reset_or_wait(self) -> None:
+        """Converge, or only a first impression while the input size is unknown; nothing without data."""
+        if not self.weight.is_meta:
+            known = self.right_vector.numel() > 0
+            self.reset_spectral_norm(max_iterations=240 if known else 12)
+
+    def _accurate_weight(self) -> Tensor:
+        weight = self.weight
+        if hasattr(weight, "full_tensor"):  # FSDP2 outside forward: a collective
+            weight = weight.full_tensor()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def _operator(self, weight: Tensor, right_shape: Sequence[int]) -> LinearOperator:
+        raise NotImplementedError
+
+    def _default_right_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw new weights as torch does, and find their G."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "spectral_gradient" in self._buffers:  # torch's constructor calls this before the buffers exist
+            self._reset_or_wait()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the input size of the checkpoint; find G anew where the weight came without it."""
+        loaded, expected = state_dict.get(prefix + "right_vector"), self._default_right_shape()
+        if loaded is not None and (
+            loaded.numel() == 0 or (loaded.dim() == len(expected) and loaded.shape[0] == expected[0])
+        ):
+            self.right_vector = self.right_vector.new_zeros(loaded.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        arrived = [prefix + name in state_dict for name in _STATE]
+        if any(arrived) and not all(arrived):
+            self._reset_or_wait()
