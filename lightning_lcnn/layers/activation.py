@@ -1,0 +1,78 @@
+"""The centered softplus as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn.functional.softplus import centered_softplus
+
+
+class CenteredSoftplus(nn.Module):
+    r"""Activation :math:`s(x; β) = \frac{1}{β} \log\frac{1 + e^{βx}}{2}` with learnable curvature.
+
+    Slope below 1, curvature :math:`s'' \le β/4`. β is stored as ``log_beta``, so it stays positive under any optimizer
+    and one step changes it by a factor, whatever its size. Keep ``log_beta`` out of weight decay
+    (:func:`lightning_lcnn.lcnn_parameter_groups` does), which would pull β to 1.
+
+    Args:
+        beta: Start value of β. The default 5 bounds the curvature by 1.25; 1000 is ReLU to the eye.
+        learnable: Whether β is a parameter; otherwise it is a buffer.
+        num_channels: None for one β; C for one β per channel of an input (N, C, ...).
+
+    Raises:
+        ValueError: If ``beta`` is not positive and finite or ``num_channels`` is below 1.
+
+    Source:
+        LCNN (Srinivas et al., 2022), section 4.1; β per channel and the logarithmic parameter are ours.
+
+    Example:
+        >>> activation = CenteredSoftplus(beta=5.0)
+        >>> activation(torch.zeros(2, 3)).abs().max().item()
+        0.0
+        >>> round(activation.beta.item(), 4)
+        5.0
+    """
+
+    log_beta: Tensor
+
+    def __init__(self, beta: float = 5.0, learnable: bool = True, num_channels: int | None = None) -> None:
+        super().__init__()
+        check_positive("beta", beta)
+        if num_channels is not None:
+            check_int("num_channels", num_channels)
+        self.num_channels = num_channels
+        log_beta = torch.full(() if num_channels is None else (num_channels,), float(beta)).log()
+        if learnable:
+            self.log_beta = nn.Parameter(log_beta)
+        else:
+            self.register_buffer("log_beta", log_beta)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether β is a parameter."""
+        return isinstance(self.log_beta, nn.Parameter)
+
+    @property
+    def beta(self) -> Tensor:
+        """β as a differentiable tensor of shape () or (C,), in at least float32."""
+        return self.log_beta.to(torch.promote_types(self.log_beta.dtype, torch.float32)).exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply s(x; β) elementwise; x is (N, C, ...) if β is per channel, else of any shape."""
+        beta = self.beta
+        if self.num_channels is not None:
+            if x.ndim < 2 or x.shape[1] != self.num_channels:
+                raise ValueError(
+                    f"`x` must have {self.num_channels} channels in dimension 1 (num_channels), "
+                    f"got shape {tuple(x.shape)}."
+                )
+            beta = beta.view(-1, *[1] * (x.ndim - 2))
+        return centered_softplus(x, beta)
+
+    def extra_repr(self) -> str:
+        """Start of the printed form: β now, or its mean over channels."""
+        beta = self.beta.detach().mean()
+        channels = "" if self.num_channels is None else f", num_channels={self.num_channels}"
+        return f"beta={beta:.4g}, learnable={self.learnable}{channels}"

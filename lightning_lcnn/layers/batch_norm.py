@@ -1,0 +1,200 @@
+"""Batch normalisation whose slope is limited by a learnable γ."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_lcnn._checks import check_positive
+from lightning_lcnn.functional.batch_norm import (
+    batch_norm_slope,
+    channel_variance,
+    clip_factor,
+    synchronized_moments,
+)
+
+
+class _SyncMarker(nn.BatchNorm1d):
+    """Stateless child that ``convert_sync_batchnorm`` finds and replaces, so that the layer learns to synchronise.
+
+    torch replaces every subclass of its batch norm by its own class, which would drop γ without a word.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, affine=False, track_running_stats=False)
+
+
+class _LipschitzBatchNorm(_NormBase):
+    _dimensions: tuple[int, ...]
+    log_gamma: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: float | None = 10.0,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if gamma is None:
+            self.register_parameter("log_gamma", None)
+        else:
+            check_positive("gamma", gamma)
+            self.log_gamma = nn.Parameter(torch.full((), math.log(gamma), device=device, dtype=dtype))
+        self.sync = _SyncMarker(num_features)
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """γ as a differentiable 0-d tensor in at least float32, or None where nothing is clipped."""
+        if self.log_gamma is None:
+            return None
+        return self.log_gamma.to(torch.promote_types(self.log_gamma.dtype, torch.float32)).exp()
+
+    def slope(self) -> Tensor:
+        r"""Exact slope in evaluation mode, :math:`\min(γ, \max_c |w_c| / \sqrt{v_c + ε})`, as a 0-d tensor."""
+        slope = self._unclipped_slope(self._running_variance())
+        return slope if self.gamma is None else torch.minimum(slope, self.gamma)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Per-channel a and b, each (C,), with which evaluation mode computes a·x + b."""
+        variance = self._running_variance()
+        factor = self._factor(variance)
+        scale = torch.rsqrt(variance + self.eps) * factor
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -scale * self.running_mean
+        return scale, shift if self.bias is None else shift + self.bias * factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x of shape (N, C, ...) and clip the slope to γ."""
+        if x.ndim not in self._dimensions:
+            expected = " or ".join(f"{d}-dimensional" for d in self._dimensions)
+            raise ValueError(f"`x` must be {expected} for {type(self).__name__}, got shape {tuple(x.shape)}.")
+        momentum = self._count_batch()
+        use_batch = self.training or self.running_mean is None
+        if self.training and isinstance(self.sync, nn.SyncBatchNorm) and dist.is_initialized():
+            return self._synchronized(x, momentum)
+        if self.gamma is None:
+            weight, bias = self.weight, self.bias
+        else:
+            factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
+            weight, bias = self._scaled_affine(factor)
+        running = (None, None) if self.training and not self.track_running_stats else (self.running_mean, self.running_var)
+        return F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
+
+    def extra_repr(self) -> str:
+        """Torch's arguments and γ now."""
+        gamma = None if self.gamma is None else f"{self.gamma.item():.4g}"
+        return f"{super().extra_repr()}, gamma={gamma}"
+
+    def _running_variance(self) -> Tensor:
+        if self.running_var is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps no running statistics, so its slope depends on the batch; "
+                "use track_running_stats=True."
+            )
+        return self.running_var
+
+    def _unclipped_slope(self, variance: Tensor) -> Tensor:
+        dtype = torch.promote_types(variance.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        return batch_norm_slope(weight, variance.to(dtype), self.eps)
+
+    def _factor(self, variance: Tensor) -> Tensor:
+        """min(1, γ / slope) for these variances, 0-d."""
+        if self.gamma is None:
+            return torch.ones((), device=variance.device)
+        return clip_factor(self._unclipped_slope(variance), self.gamma)
+
+    def _scaled_affine(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.weight is None:
+            # contiguous: the CPU's channels_last backward misreads an expanded weight and returns gradients off by 1e37
+            return factor.expand(self.num_features).contiguous(), None
+        bias = None if self.bias is None else (self.bias * factor).to(self.bias.dtype)
+        return (self.weight * factor).to(self.weight.dtype), bias
+
+    def _count_batch(self) -> float:
+        """Advance the batch counter in training; return the weight of this batch in the running statistics."""
+        if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _synchronized(self, x: Tensor, momentum: float) -> Tensor:
+        """Training step of synchronised batch norm: one all-reduce, the clip from the global variance."""
+        mean, variance, count = synchronized_moments(x, self.sync.process_group)
+        if self.running_mean is not None and self.running_var is not None:
+            unbiased = variance.detach() * (count / (count - 1).clamp(min=1.0)).to(variance.dtype)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        factor = self._factor(variance.detach())
+        weight, bias = self._scaled_affine(factor)
+        scale = torch.rsqrt(variance + self.eps) * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+_DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited by a learnable γ.
+
+    .. math:: y = \mathrm{{BN}}(x) \cdot \min(1, γ / \mathrm{{SN}}), \quad
+              \mathrm{{SN}} = \max_c |w_c| / \sqrt{{v_c + ε}}
+
+    In evaluation mode v is the running variance and the slope is exactly min(γ, SN). In training mode v is the variance
+    of the batch, the one that normalises, so that clipping and normalisation agree; the gradient takes that variance in
+    the clip as a constant. The weight w and γ receive their exact gradients.
+
+    γ is stored as ``log_gamma`` and takes no weight decay (:func:`lightning_lcnn.lcnn_parameter_groups`). The other
+    entries of the ``state_dict`` carry torch's names, so weights of ``nn.{torch_name}`` load with ``strict=False``.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (Lightning: ``Trainer(sync_batchnorm=True)``) makes the layer
+    synchronise over processes, on any backend, and keeps γ.
+
+    Args:
+        num_features: Channels C.
+        eps: ε, added to the variance.
+        momentum: Weight of the newest batch in the running statistics, None for a cumulative average.
+        affine: Whether weight and bias are learned.
+        track_running_stats: Whether running statistics are kept; without them evaluation has no fixed slope.
+        device: Device of parameters and buffers.
+        dtype: Type of parameters and buffers.
+        gamma: Start value of γ. The default 10 is above the slopes of freshly initialised networks, so that training
+            starts as it would without a limit. None turns clipping off.
+
+    Raises:
+        ValueError: If ``gamma`` is not positive and finite, or the input has another number of dimensions.
+
+    Source:
+        LCNN (Srinivas et al., 2022), section 4.2; batch statistics in training are ours (the reference clips by the
+        running ones).
+
+    Example:
+        >>> layer = {name}(3, gamma=0.5).eval()
+        >>> round(layer.slope().item(), 4)
+        0.5
+    """
+
+
+class LipschitzBatchNorm1d(_LipschitzBatchNorm):
+    __doc__ = _DOC.format(inputs="(N, C) or (N, C, L)", torch_name="BatchNorm1d", name="LipschitzBatchNorm1d")
+    _dimensions = (2, 3)
+
+
+class LipschitzBatchNorm2d(_LipschitzBatchNorm):
+    __doc__ = _DOC.format(inputs="(N, C, H, W)", torch_name="BatchNorm2d", name="LipschitzBatchNorm2d")
+    _dimensions = (4,)
+
+
+class LipschitzBatchNorm3d(_LipschitzBatchNorm):
+    __doc__ = _DOC.format(inputs="(N, C, D, H, W)", torch_name="BatchNorm3d", name="LipschitzBatchNorm3d")
+    _dimensions = (5,)

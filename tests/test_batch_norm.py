@@ -1,0 +1,201 @@
+"""Lipschitz batch norm: against torch's batch norm, against dense Jacobians, and synchronised over two processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from lightning_lcnn.functional import clip_factor
+from lightning_lcnn.functional.batch_norm import channel_variance
+from lightning_lcnn.layers import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
+
+CASES = [
+    (LipschitzBatchNorm1d, nn.BatchNorm1d, (6, 3)),
+    (LipschitzBatchNorm1d, nn.BatchNorm1d, (6, 3, 5)),
+    (LipschitzBatchNorm2d, nn.BatchNorm2d, (6, 3, 4, 5)),
+    (LipschitzBatchNorm3d, nn.BatchNorm3d, (6, 3, 2, 3, 4)),
+]
+
+
+def randomised(layer: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.randn(3, generator=generator))
+        layer.running_var.copy_(torch.rand(3, generator=generator) + 0.1)
+        if layer.affine:
+            layer.weight.copy_(torch.randn(3, generator=generator) * 3)
+            layer.bias.copy_(torch.randn(3, generator=generator))
+    return layer
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gamma", [None, 1e6])
+@pytest.mark.parametrize(("ours", "torchs", "shape"), CASES)
+def test_equals_torchs_batch_norm_where_nothing_is_clipped(ours, torchs, shape, gamma, affine) -> None:
+    layer = randomised(ours(3, affine=affine, gamma=gamma))
+    reference = randomised(torchs(3, affine=affine))
+    for _ in range(3):
+        x = torch.randn(shape)
+        assert torch.equal(layer(x), reference(x))
+    assert torch.equal(layer.running_var, reference.running_var)
+    assert torch.equal(layer.eval()(x), reference.eval()(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gamma", [0.01, 0.5, 2.0, 1e6])
+def test_slope_in_evaluation_is_exact(gamma: float, affine: bool) -> None:
+    layer = randomised(LipschitzBatchNorm2d(3, affine=affine, gamma=gamma)).double().eval()
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, x).reshape(12, 12)
+    norm = torch.linalg.matrix_norm(jacobian, ord=2)
+    torch.testing.assert_close(norm, layer.slope())
+    assert norm <= gamma * (1 + 1e-12)
+    scale, shift = layer.scale_and_shift()
+    torch.testing.assert_close(layer(x), scale.view(3, 1, 1) * x + shift.view(3, 1, 1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_training_clips_by_the_statistics_of_the_batch(affine: bool, memory_format) -> None:
+    layer = randomised(LipschitzBatchNorm2d(3, affine=affine, gamma=0.25)).double()
+    x = (torch.randn(8, 3, 4, 4).double() * 0.1 + 2).to(memory_format=memory_format).requires_grad_()
+    upstream = torch.randn(x.shape, dtype=torch.float64)
+    got = torch.autograd.grad(layer(x), [x, *layer.parameters()], upstream)
+
+    # the same by hand, in elementary operations: the factor's variance is a constant, all else is differentiated
+    x2 = x.detach().contiguous().requires_grad_()
+    mean, variance = x2.mean((0, 2, 3), keepdim=True), x2.var((0, 2, 3), keepdim=True, correction=0)
+    weight = layer.weight if affine else torch.ones(3, dtype=torch.float64)
+    bias = layer.bias if affine else torch.zeros(3, dtype=torch.float64)
+    slope = (weight.abs() / (variance.detach().flatten() + layer.eps).sqrt()).max()
+    normalised = (x2 - mean) / (variance + layer.eps).sqrt()
+    value = (normalised * weight.view(3, 1, 1) + bias.view(3, 1, 1)) * layer.log_gamma.exp() / slope
+    expected = torch.autograd.grad(value, [x2, *layer.parameters()], upstream)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    # what the normalisation applies to one value has slope at most γ
+    assert (weight.abs() / (variance.flatten() + layer.eps).sqrt()).max() * 0.25 / slope <= 0.25 * (1 + 1e-12)
+
+
+def test_gradgradcheck_in_both_modes() -> None:
+    for training in (True, False):
+        layer = randomised(LipschitzBatchNorm1d(3, gamma=0.5, momentum=0.0)).double().train(training)
+        x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+        def function(x, weight, bias, log_gamma, layer=layer):
+            parameters = {"weight": weight, "bias": bias, "log_gamma": log_gamma}
+            return torch.func.functional_call(layer, parameters, (x,))
+
+        arguments = (x, *(p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias, layer.log_gamma)))
+        if not training:  # in training the clip's variance is a constant by definition, which a difference is not
+            assert torch.autograd.gradcheck(function, arguments)
+            assert torch.autograd.gradgradcheck(function, arguments)
+        else:
+            assert torch.autograd.gradcheck(lambda *a, x=x: function(x.detach(), *a), arguments[1:])
+
+
+def test_gamma_receives_a_gradient_where_it_equals_the_slope() -> None:
+    slope, log_gamma = torch.tensor(2.0), torch.tensor(2.0).log().requires_grad_()
+    clip_factor(slope, log_gamma.exp()).backward()
+    torch.testing.assert_close(log_gamma.grad, torch.tensor(1.0))
+    zero = torch.zeros((), requires_grad=True)
+    clip_factor(zero, torch.tensor(1.0)).backward()
+    assert zero.grad == 0
+
+
+def test_zero_initialised_weight_gives_no_nan() -> None:
+    layer = LipschitzBatchNorm2d(3, gamma=1.0)
+    nn.init.zeros_(layer.weight)
+    layer(torch.randn(4, 3, 2, 2)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    assert layer.slope() == 0
+
+
+def test_channel_variance_against_two_passes() -> None:
+    x = torch.randn(16, 5, 7, 3) * torch.tensor([0.01, 1, 10, 100, 1]).view(5, 1, 1) + 3
+    expected = x.double().var((0, 2, 3), correction=0)
+    # channel 0 has mean²/variance = 1e5, which costs that many units in the last place
+    torch.testing.assert_close(channel_variance(x).double(), expected, rtol=3e-2, atol=0)
+    torch.testing.assert_close(channel_variance(x)[1:].double(), expected[1:], rtol=1e-5, atol=0)
+
+
+def test_cumulative_average_and_no_running_statistics() -> None:
+    layer, reference = LipschitzBatchNorm1d(3, momentum=None), nn.BatchNorm1d(3, momentum=None)
+    for _ in range(3):
+        x = torch.randn(8, 3)
+        torch.testing.assert_close(layer(x), reference(x))
+    torch.testing.assert_close(layer.running_var, reference.running_var)
+    stateless = LipschitzBatchNorm1d(3, track_running_stats=False).eval()
+    torch.testing.assert_close(stateless(x), nn.BatchNorm1d(3, track_running_stats=False)(x))
+    with pytest.raises(ValueError, match="use track_running_stats=True"):
+        stateless.slope()
+
+
+def test_loads_the_weights_of_torchs_batch_norm() -> None:
+    reference = randomised(nn.BatchNorm2d(3))
+    layer = LipschitzBatchNorm2d(3, gamma=None)
+    assert set(layer.state_dict()) == set(reference.state_dict())
+    layer.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(layer.eval()(x), reference.eval()(x))
+
+
+def test_contract() -> None:
+    for ours, _, shape in CASES:
+        layer = randomised(ours(3, gamma=0.5))
+        x = torch.randn(shape)
+        layer(x)
+        layer.eval()
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), layer(x))
+        fresh = ours(3).eval()
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(fresh(x), layer(x))
+        compiled = torch.compile(copy.deepcopy(layer).train(), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), copy.deepcopy(layer).train()(x))
+        assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.inf])
+def test_bad_gamma(gamma: float) -> None:
+    with pytest.raises(ValueError, match="`gamma` must be a finite number > 0"):
+        LipschitzBatchNorm1d(3, gamma=gamma)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"`x` must be 4-dimensional for LipschitzBatchNorm2d, got shape \(2, 3\)"):
+        LipschitzBatchNorm2d(3)(torch.zeros(2, 3))
+
+
+def _synchronised_worker(rank: int, port: int, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 4, 4, dtype=torch.float64)
+    mine = (x[:4] if rank == 0 else x[4:]).clone().requires_grad_()  # uneven batches
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(LipschitzBatchNorm2d(3, gamma=0.5).double())
+    value = layer(mine)
+    value.square().sum().backward()
+    torch.save((value.detach(), mine.grad, layer.running_var, layer.state_dict()), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_synchronised_over_two_processes_equals_the_whole_batch(tmp_path, free_port: int) -> None:
+    mp.spawn(_synchronised_worker, args=(free_port, str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    layer = LipschitzBatchNorm2d(3, gamma=0.5).double()
+    value = layer(x)
+    value.square().sum().backward()
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), value)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), x.grad)
+    for part in parts:
+        torch.testing.assert_close(part[2], layer.running_var)
+        assert set(part[3]) == set(layer.state_dict())
