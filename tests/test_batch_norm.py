@@ -56,7 +56,7 @@ def test_slope_in_evaluation_is_exact(gamma: float, affine: bool) -> None:
     jacobian = torch.autograd.functional.jacobian(layer, x).reshape(12, 12)
     norm = torch.linalg.matrix_norm(jacobian, ord=2)
     torch.testing.assert_close(norm, layer.slope())
-    assert norm <= gamma * (1 + 1e-12)
+    assert norm <= layer.gamma.item() * (1 + 1e-12)
     scale, shift = layer.scale_and_shift()
     torch.testing.assert_close(layer(x), scale.view(3, 1, 1) * x + shift.view(3, 1, 1))
 
@@ -93,7 +93,10 @@ def test_gradgradcheck_in_both_modes() -> None:
             parameters = {"weight": weight, "bias": bias, "log_gamma": log_gamma}
             return torch.func.functional_call(layer, parameters, (x,))
 
-        arguments = (x, *(p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias, layer.log_gamma)))
+        arguments = (
+            x,
+            *(p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias, layer.log_gamma)),
+        )
         if not training:  # in training the clip's variance is a constant by definition, which a difference is not
             assert torch.autograd.gradcheck(function, arguments)
             assert torch.autograd.gradgradcheck(function, arguments)
@@ -120,10 +123,10 @@ def test_zero_initialised_weight_gives_no_nan() -> None:
 
 def test_channel_variance_against_two_passes() -> None:
     x = torch.randn(16, 5, 7, 3) * torch.tensor([0.01, 1, 10, 100, 1]).view(5, 1, 1) + 3
-    expected = x.double().var((0, 2, 3), correction=0)
-    # channel 0 has mean²/variance = 1e5, which costs that many units in the last place
-    torch.testing.assert_close(channel_variance(x).double(), expected, rtol=3e-2, atol=0)
-    torch.testing.assert_close(channel_variance(x)[1:].double(), expected[1:], rtol=1e-5, atol=0)
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    error = (channel_variance(x) - variance).abs() / variance
+    # raw moments in float32: rounding grows with mean²/variance, which is 1e5 in channel 0
+    assert (error < 1e-6 * (1 + mean.square() / variance)).all()
 
 
 def test_cumulative_average_and_no_running_statistics() -> None:

@@ -42,9 +42,7 @@ def exact(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_float32_is_accurate_in_value_and_both_derivatives(function, beta: float) -> None:
     # 5e-6: rounding of z = βx alone moves σ(z) by |z| eps, 5e-6 at the |z| = 80 where float32 still has normal numbers
     beta_tensor = torch.tensor(beta)
-    for got, expected in zip(
-        derivatives(function, grid(), beta_tensor), exact(grid(), beta_tensor), strict=True
-    ):
+    for got, expected in zip(derivatives(function, grid(), beta_tensor), exact(grid(), beta_tensor), strict=True):
         assert torch.isfinite(got).all()
         normal = expected.abs() > 1e-30
         error = (got.double() - expected).abs() / expected.abs()
@@ -141,7 +139,7 @@ def test_bad_arguments(kwargs: dict, error: type[Exception], message: str) -> No
 
 
 def test_bad_inputs() -> None:
-    with pytest.raises(TypeError, match="`x` must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match="`x` must be a floating-point tensor, got torch"):
         centered_softplus(torch.arange(3), 1.0)
     with pytest.raises(ValueError, match="must have 3 channels in dimension 1"):
         CenteredSoftplus(num_channels=3)(torch.zeros(2, 4))

@@ -64,8 +64,8 @@ def clip_factor(slope: Tensor, gamma: Tensor) -> Tensor:
 def channel_variance(x: Tensor) -> Tensor:
     """Biased variance of each channel of a batch (N, C, ...) in at least float32, without a graph.
 
-    Two reductions of the raw moments: a quarter of the time of ``Tensor.var`` on the CPU. The relative error is about
-    1e-7 (1 + mean²/variance).
+    Two reductions of the raw moments: a sixth of the time of ``Tensor.var`` on the CPU, at a relative error in float32
+    of up to 1e-6 (1 + mean²/variance).
 
     Example:
         >>> channel_variance(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))

@@ -75,7 +75,7 @@ def _needs_composite() -> bool:
 
 
 def _composite(x: Tensor, beta: Tensor) -> Tensor:
-    """max(x, 0) + (log(1 + e^t) - log 2) / β with t = -\\|βx\\|, of operations that autograd differentiates accurately."""
+    """max(x, 0) + (log(1 + e^t) - log 2) / β with t the negative of abs(βx): accurate under autograd to any order."""
     positive = x > 0  # at x = 0 both terms take the branch of x < 0, so that autograd gives s'(0) = 1/2
     t = torch.where(positive, -x, x) * beta
     near = t > -1.0
@@ -138,7 +138,7 @@ class _FusedCenteredSoftplus(torch.autograd.Function):
 
 
 def _sum_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum of a·b over the dimensions along which ``like`` is broadcast, without a full-size product if it is a scalar."""
+    """Sum of a·b over the dimensions along which ``like`` is broadcast; one dot product where it is a scalar."""
     if like.numel() == 1 and a.dtype == b.dtype == like.dtype and a.stride() == b.stride() and _is_dense(a):
         return torch.dot(_flat(a), _flat(b)).view(like.shape)
     return (a.to(like.dtype) * b).sum_to_size(like.shape)

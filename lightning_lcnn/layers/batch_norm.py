@@ -90,7 +90,9 @@ class _LipschitzBatchNorm(_NormBase):
         else:
             factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
             weight, bias = self._scaled_affine(factor)
-        running = (None, None) if self.training and not self.track_running_stats else (self.running_mean, self.running_var)
+        running = (
+            (None, None) if self.training and not self.track_running_stats else (self.running_mean, self.running_var)
+        )
         return F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
 
     def extra_repr(self) -> str:
