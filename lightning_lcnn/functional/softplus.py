@@ -95,7 +95,7 @@ def _values(x: Tensor, beta: Tensor) -> Tensor:
     torch.addcmul(c1, near_value, square, out=near_value)
     torch.addcmul(c0, near_value, square, out=near_value)
     near_value.mul_(square).add_(z, alpha=0.5)
-    far_value = torch._C._nn.softplus(z, out=z).sub_(math.log(2.0))
+    far_value = torch._C._nn.softplus(z, out=z).sub_(math.log(2.0))  # type: ignore[call-arg]
     is_near = square.lt_(_SERIES_LIMIT**2)  # 0.0 or 1.0, for which lerp returns one side to the last bit
     return far_value.lerp_(near_value, is_near).div_(beta)
 
@@ -127,10 +127,8 @@ class _FusedCenteredSoftplus(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, beta, value = ctx.saved_tensors
         z = x.to(beta.dtype) * beta
-        if torch.is_grad_enabled():  # somebody differentiates this backward again
-            grad_x = grad.to(beta.dtype) * _Sigmoid.apply(z)
-        else:
-            grad_x = z.sigmoid_().mul_(grad)
+        # with gradients enabled somebody differentiates this backward again
+        grad_x = grad.to(beta.dtype) * _Sigmoid.apply(z) if torch.is_grad_enabled() else z.sigmoid_().mul_(grad)
         grad_beta = None
         if ctx.needs_input_grad[1]:
             grad_beta = (_sum_product(grad_x, x, beta) - _sum_product(grad, value, beta)) / beta

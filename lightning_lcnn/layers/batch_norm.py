@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ class _SyncMarker(nn.BatchNorm1d):
 class _LipschitzBatchNorm(_NormBase):
     _dimensions: tuple[int, ...]
     log_gamma: nn.Parameter | None
+    weight: Tensor | None  # type: ignore[assignment]
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class _LipschitzBatchNorm(_NormBase):
         scale = torch.rsqrt(variance + self.eps) * factor
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -scale * self.running_mean
+        shift = -scale * cast(Tensor, self.running_mean)
         return scale, shift if self.bias is None else shift + self.bias * factor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,9 +87,8 @@ class _LipschitzBatchNorm(_NormBase):
         use_batch = self.training or self.running_mean is None
         if self.training and isinstance(self.sync, nn.SyncBatchNorm) and dist.is_initialized():
             return self._synchronized(x, momentum)
-        if self.gamma is None:
-            weight, bias = self.weight, self.bias
-        else:
+        weight, bias = self.weight, self.bias
+        if self.log_gamma is not None:
             factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
             weight, bias = self._scaled_affine(factor)
         running = (
@@ -135,7 +136,7 @@ class _LipschitzBatchNorm(_NormBase):
 
     def _synchronized(self, x: Tensor, momentum: float) -> Tensor:
         """Training step of synchronised batch norm: one all-reduce, the clip from the global variance."""
-        mean, variance, count = synchronized_moments(x, self.sync.process_group)
+        mean, variance, count = synchronized_moments(x, cast(Any, self.sync).process_group)
         if self.running_mean is not None and self.running_var is not None:
             unbiased = variance.detach() * (count / (count - 1).clamp(min=1.0)).to(variance.dtype)
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
