@@ -1,10 +1,65 @@
 """Pure functions on tensors and operators: every formula of the package, once."""
 
+from lightning_lcnn.functional.attacks import projected_gradient_attack
 from lightning_lcnn.functional.batch_norm import batch_norm_slope, clip_factor
+from lightning_lcnn.functional.hessian_operator import HessianOperator
+from lightning_lcnn.functional.input_derivatives import (
+    GradientNormResult,
+    HessianNormResult,
+    NormalizedCurvatureResult,
+    input_gradient_norm,
+    input_hessian_norm,
+    normalized_curvature,
+)
+from lightning_lcnn.functional.lanczos import LanczosResult, lanczos
+from lightning_lcnn.functional.outputs import logit_margin, per_example_loss, target_logit
+from lightning_lcnn.functional.penalties import (
+    log_normalized_curvature_bound,
+    reference_penalty,
+    sum_log_penalty,
+)
+from lightning_lcnn.functional.power_iteration import (
+    SingularTriplet,
+    largest_singular_triplet,
+    power_iteration,
+)
+from lightning_lcnn.functional.probabilistic import (
+    ProbabilisticBoundResult,
+    input_hessian_norm_probabilistic_bound,
+    lanczos_probabilistic_gap,
+)
 from lightning_lcnn.functional.softplus import centered_softplus
+from lightning_lcnn.functional.stability import GradientStabilityResult, gradient_stability
+from lightning_lcnn.functional.symmetric_power import SymmetricPowerResult, symmetric_power_iteration
 
 __all__ = [
+    "GradientNormResult",
+    "GradientStabilityResult",
+    "HessianNormResult",
+    "HessianOperator",
+    "LanczosResult",
+    "NormalizedCurvatureResult",
+    "ProbabilisticBoundResult",
+    "SingularTriplet",
+    "SymmetricPowerResult",
     "batch_norm_slope",
     "centered_softplus",
     "clip_factor",
+    "gradient_stability",
+    "input_gradient_norm",
+    "input_hessian_norm",
+    "input_hessian_norm_probabilistic_bound",
+    "lanczos",
+    "lanczos_probabilistic_gap",
+    "largest_singular_triplet",
+    "logit_margin",
+    "normalized_curvature",
+    "per_example_loss",
+    "log_normalized_curvature_bound",
+    "power_iteration",
+    "reference_penalty",
+    "sum_log_penalty",
+    "projected_gradient_attack",
+    "symmetric_power_iteration",
+    "target_logit",
 ]
