@@ -18,8 +18,8 @@ LEVELS = {
     "conversion": 3,
     "penalties": 3,
     "metrics": 4,
-    "mixin": 5,
     "callbacks": 5,
+    "mixin": 6,  # attaches a callback
     "report": 6,
     "plots": 6,
     "cli": 6,

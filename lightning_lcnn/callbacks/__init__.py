@@ -1,1 +1,6 @@
-"""TODO"""
+"""Callbacks for the trainers of ``lightning`` and ``pytorch_lightning``."""
+
+from lightning_lcnn.callbacks.penalty import PenaltyCallback
+from lightning_lcnn.callbacks.power_iteration import PowerIteration
+
+__all__ = ["PenaltyCallback", "PowerIteration"]

@@ -2,8 +2,15 @@
 
 from lightning_lcnn.layers.activation import CenteredSoftplus
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
+from lightning_lcnn.layers.parameter_groups import (
+    lcnn_parameter_groups,
+    log_betas,
+    log_gammas,
+    low_curvature_parameters,
+)
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 from lightning_lcnn.layers.spectral_base import SpectralLayer
+from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral_layers, update_spectral_norm
 
 __all__ = [
     "CenteredSoftplus",
@@ -15,4 +22,11 @@ __all__ = [
     "SpectralConv3d",
     "SpectralLayer",
     "SpectralLinear",
+    "lcnn_parameter_groups",
+    "log_betas",
+    "log_gammas",
+    "low_curvature_parameters",
+    "reset_spectral_norm",
+    "spectral_layers",
+    "update_spectral_norm",
 ]
