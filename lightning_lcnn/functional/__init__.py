@@ -2,6 +2,7 @@
 
 from lightning_lcnn.functional.attacks import projected_gradient_attack
 from lightning_lcnn.functional.batch_norm import batch_norm_slope, clip_factor
+from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.hessian_operator import HessianOperator
 from lightning_lcnn.functional.input_derivatives import (
     GradientNormResult,
@@ -12,6 +13,11 @@ from lightning_lcnn.functional.input_derivatives import (
     normalized_curvature,
 )
 from lightning_lcnn.functional.lanczos import LanczosResult, lanczos
+from lightning_lcnn.functional.operator_norm import (
+    operator_norm_bound,
+    operator_norm_estimate,
+    register_linear_layer,
+)
 from lightning_lcnn.functional.outputs import logit_margin, per_example_loss, target_logit
 from lightning_lcnn.functional.penalties import (
     log_normalized_curvature_bound,
@@ -45,6 +51,7 @@ __all__ = [
     "batch_norm_slope",
     "centered_softplus",
     "clip_factor",
+    "conv_norm_bound",
     "gradient_stability",
     "input_gradient_norm",
     "input_hessian_norm",
@@ -54,11 +61,15 @@ __all__ = [
     "largest_singular_triplet",
     "log_normalized_curvature_bound",
     "logit_margin",
+    "matrix_norm_bound",
     "normalized_curvature",
+    "operator_norm_bound",
+    "operator_norm_estimate",
     "per_example_loss",
     "power_iteration",
     "projected_gradient_attack",
     "reference_penalty",
+    "register_linear_layer",
     "sum_log_penalty",
     "symmetric_power_iteration",
     "target_logit",

@@ -141,9 +141,7 @@ class SpectralLayer(nn.Module):
         if "spectral_gradient" in self._buffers:  # torch's constructor calls this before the buffers exist
             self._reset_or_wait()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the input size of the checkpoint; find G anew where the weight came without it."""
         loaded, expected = state_dict.get(prefix + "right_vector"), self._default_right_shape()
         if loaded is not None and (
@@ -154,3 +152,17 @@ class SpectralLayer(nn.Module):
         arrived = [prefix + name in state_dict for name in _STATE]
         if any(arrived) and not all(arrived):
             self._reset_or_wait()
+
+
+def check_exact_type(layer: nn.Module, expected: type[nn.Module]) -> None:
+    """Raise unless ``layer`` is of exactly this class; a subclass may compute something else."""
+    if type(layer) is not expected:
+        raise TypeError(f"`layer` must be exactly a torch.nn.{expected.__name__}, got {type(layer).__name__}.")
+
+
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Clone the parameters of one layer into another, with device, dtype and training flag."""
+    for name, parameter in source.named_parameters(recurse=False):
+        copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        setattr(target, name, copy)
+    target.train(source.training)
