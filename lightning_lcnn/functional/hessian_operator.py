@@ -17,8 +17,11 @@ from lightning_lcnn.functional.lanczos import safe_norm
 
 HVP_MODES = ("double_backward", "forward_over_reverse", "finite_difference")
 
-_KINKS = ("Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hardtanh", "Hardswish", "Hardsigmoid", "MaxPool")
-_KINKS += ("AdaptiveMaxPool", "FractionalMaxPool", "MaxUnpool", "Softshrink", "Hardshrink", "Mkldnn_Relu", "Cudnn_Relu")
+# Starts of the names of autograd nodes whose functions have corners.
+_KINKS: tuple[str, ...] = (
+    *("Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Softshrink"),
+    *("Hardshrink", "MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "CudnnConvolutionRelu"),
+)
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

@@ -79,8 +79,8 @@ def lanczos(
     Example:
         >>> diagonal = torch.tensor([[3.0, -5.0, 1.0], [0.0, 0.0, 0.0]])
         >>> result = lanczos(lambda v: diagonal * v, torch.ones(2, 3))
-        >>> result.norm
-        tensor([5., 0.])
+        >>> print([f"{norm:.4f}" for norm in result.norm.tolist()])
+        ['5.0000', '0.0000']
         >>> result.converged
         tensor([True, True])
     """

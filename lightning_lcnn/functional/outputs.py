@@ -64,7 +64,9 @@ def per_example_loss(logits: Tensor, target: Tensor) -> Tensor:
     largest = logits.gather(1, top)
     is_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
     rest = torch.where(is_top, 0.0, (logits - largest).exp()).sum(1)
-    return (largest - logits.gather(1, target.unsqueeze(1))).squeeze(1) + torch.log1p(rest)
+    gap = (largest - logits.gather(1, target.unsqueeze(1))).squeeze(1)
+    # where the prediction is right, z_r - z_t would add 1 and -1 to a derivative of 1e-8 and round it away
+    return torch.where(top.squeeze(1) == target, 0.0, gap) + torch.log1p(rest)
 
 
 def target_logit(logits: Tensor, target: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def lanczos_probabilistic_gap(num_steps: int, dimension: int, failure_probabilit
 
     Example:
         >>> print(f"{lanczos_probabilistic_gap(20, 3072, 1e-3):.4f}")
-        0.0810
+        0.0807
     """
     if num_steps >= dimension:
         return 0.0

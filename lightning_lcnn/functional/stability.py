@@ -45,10 +45,10 @@ def gradient_stability(
 
     ‖∇f(x + δ) - ∇f(x)‖₂ / ‖∇f(x)‖₂ for ‖δ‖₂ = radius; small values mean stable explanations
 
-    The random δ are uniform on the sphere, from a private generator, and the same for every example: values do not depend on
-    batches and shards, and two models are compared on equal perturbations. The worst δ is sought by
-    δ ← radius · H(x+δ)d / ‖H(x+δ)d‖ with d = ∇f(x+δ) - ∇f(x), the ascent direction of ‖d‖²; it is power iteration where f
-    is quadratic.
+    The random δ are uniform on the sphere, from a private generator, and the same for every example: values do not
+    depend on batches and shards, and two models are compared on equal perturbations. The worst δ is sought by
+    δ ← radius · H(x+δ)d / ‖H(x+δ)d‖ with d = ∇f(x+δ) - ∇f(x), the ascent direction of ‖d‖²; where f is quadratic that
+    is power iteration.
 
     Args:
         model: module in evaluation mode, or any callable, that maps (B, …) to logits (B, K).
@@ -86,9 +86,8 @@ def gradient_stability(
 
     def stability(function: InputFunction, chunk: Tensor) -> GradientStabilityResult:
         search = _Search(function, chunk, radius)
-        samples = [
-            search.visit(direction.expand(chunk.shape)) for direction in common_directions(chunk, num_samples, seed)
-        ]
+        directions = common_directions(chunk, num_samples, seed)
+        samples = [search.visit(direction.expand(chunk.shape)) for direction in directions]
         for _ in range(num_worst_steps):
             search.ascend(hvp)
         changes = torch.stack(samples, dim=1)

@@ -52,8 +52,8 @@ def symmetric_power_iteration(
 
     Example:
         >>> diagonal = torch.tensor([[3.0, -3.0]])
-        >>> symmetric_power_iteration(lambda v: diagonal * v, torch.ones(1, 2)).norm
-        tensor([3.])
+        >>> print(f"{symmetric_power_iteration(lambda v: diagonal * v, torch.ones(1, 2)).norm.item():.4f}")
+        3.0000
     """
     check_int("num_iterations", num_iterations)
     check_positive("tolerance", tolerance)
@@ -61,7 +61,7 @@ def symmetric_power_iteration(
         raise ValueError(f"`start` must have shape (examples, unknowns, …), got {tuple(start.shape)}.")
     vector = _unit(start)
     norm, residual = start.new_zeros(len(start)), start.new_full((len(start),), torch.inf)
-    before = vector
+    before = product = vector
     for k in range(num_iterations):
         if k > 0:
             before, vector = vector, _unit(product)
