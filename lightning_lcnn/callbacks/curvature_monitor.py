@@ -1,0 +1,152 @@
+"""Log slope and curvature of every layer during training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lcnn._checks import check_int
+from lightning_lcnn.bounds import Surrogate, network_bound
+from lightning_lcnn.callbacks.base import Callback
+from lightning_lcnn.callbacks.batch import batch_input
+from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
+from lightning_lcnn.penalties import GraphCache, network_of
+
+
+class CurvatureMonitor(Callback):
+    r"""Log β, γ, σ, slope and curvature share of every layer, and the totals of the network.
+
+    .. math:: \log \bar C = \mathrm{logsumexp}_i \Big(\log β_i - \log 4 + \sum_{j \le i} \log L_j\Big)
+
+    Works with every logger, through ``logger.log_metrics``: ``lcnn_beta/<layer>``, ``lcnn_gamma/<layer>``,
+    ``lcnn_slope/<layer>``, ``lcnn_sigma/<layer>``, ``lcnn_share/<activation>`` (the part of :math:`\bar C` that comes
+    from it, all adding to 1), and ``lcnn/log_ratio`` (:math:`\log \bar C`), ``lcnn/log_slope``,
+    ``lcnn/log_curvature``. These totals follow from the layers' training slopes; they are estimates, equal to the
+    penalty's. At the end of each training and validation epoch they are also in ``trainer.callback_metrics``, where
+    ModelCheckpoint and EarlyStopping find them.
+
+    Where the network's graph cannot be traced there are no totals and shares, with one warning.
+
+    Args:
+        every_n_steps: Steps between logs. None: the trainer's logging steps, and the end of each epoch.
+        every_n_epochs: Epochs between logs, in place of steps.
+        certified: At the end of each validation epoch, also log ``lcnn/certified_slope`` and
+            ``lcnn/certified_curvature``, which are proven for the evaluation-mode network
+            (:func:`~lightning_lcnn.bounds.network_bound`, seconds on a ResNet-18). Needs ``example_input_array`` or
+            batches that hold the input.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an interval is below 1 or both are given.
+
+    Source:
+        Ours.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[CurvatureMonitor()], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self, every_n_steps: int | None = None, every_n_epochs: int | None = None, certified: bool = False
+    ) -> None:
+        if every_n_steps is not None:
+            check_int("every_n_steps", every_n_steps)
+        if every_n_epochs is not None:
+            check_int("every_n_epochs", every_n_epochs)
+        if every_n_steps is not None and every_n_epochs is not None:
+            raise ValueError(
+                "`every_n_steps` and `every_n_epochs` exclude each other, got "
+                f"{every_n_steps} and {every_n_epochs}; give one of them."
+            )
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.certified = certified
+        self._cache = GraphCache()
+        self._traceable = True
+        self._last_step = -1
+        self._example: Tensor | None = None
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the last run."""
+        self._cache, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log if this is one of the steps."""
+        if self.every_n_epochs is not None or not trainer.loggers:
+            return
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        due = trainer._logger_connector.should_update_logs
+        if self.every_n_steps is not None:
+            due = (step + 1) % self.every_n_steps == 0
+        if due:
+            self._log(trainer, pl_module, step)
+
+    @override
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log if this is one of the epochs, and show the totals to other callbacks."""
+        every = self.every_n_epochs if self.every_n_epochs is not None else int(self.every_n_steps is None)
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self._log(trainer, pl_module, max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1))
+        self._show(pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep one example for the certified bound."""
+        if self.certified and self._example is None:
+            given = pl_module.example_input_array
+            self._example = batch_input(batch if given is None else given)[:1].detach().clone()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Show the totals to other callbacks; certify them if asked to."""
+        if trainer.sanity_checking:
+            return
+        self._show(pl_module)
+        if self.certified and self._example is not None:
+            with torch.inference_mode(False):
+                bound = network_bound(network_of(pl_module), self._example.to(pl_module.device))
+            # The largest of all processes, whose running statistics may differ: still a bound for each of them.
+            for key, value in (("slope", bound.slope), ("curvature", bound.curvature)):
+                pl_module.log(f"lcnn/certified_{key}", value, reduce_fx="max", sync_dist=True)
+
+    @torch.no_grad()
+    def _log(self, trainer: Any, pl_module: Any, step: int) -> None:
+        if step == self._last_step or not trainer.is_global_zero:
+            return
+        self._last_step = step
+        values = layer_values(network_of(pl_module))
+        surrogate = self._surrogate(pl_module)
+        if surrogate is not None:
+            values |= graph_values(surrogate) | network_totals(surrogate)
+        numbers = to_numbers(values)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=step)
+
+    @torch.no_grad()
+    def _show(self, pl_module: Any) -> None:
+        surrogate = self._surrogate(pl_module)
+        if surrogate is not None:
+            for key, value in network_totals(surrogate).items():
+                pl_module.log(key, value, logger=False, sync_dist=True)
+
+    def _surrogate(self, pl_module: Any) -> Surrogate | None:
+        """Surrogate bound of the network as it is now, or None where the graph cannot be traced."""
+        if not self._traceable:
+            return None
+        try:
+            return self._cache.graph(network_of(pl_module)).surrogate()
+        except ValueError as error:
+            self._traceable = False
+            warnings.warn(f"CurvatureMonitor logs no totals and no curvature shares: {error}", UserWarning)
+            return None

@@ -1,0 +1,63 @@
+"""What there is to log of a low-curvature network, as 0-d tensors and as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lcnn.bounds import Surrogate
+from lightning_lcnn.layers import CenteredSoftplus, SpectralLayer
+from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
+
+
+def layer_values(module: nn.Module) -> dict[str, Tensor]:
+    """β of every activation, slope and γ of every batch norm, slope, γ and σ of every spectral layer, by name."""
+    values: dict[str, Tensor] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, CenteredSoftplus):
+            values[f"lcnn_beta/{name}"] = layer.beta.mean()
+        elif isinstance(layer, _LipschitzBatchNorm | SpectralLayer):
+            values |= _normalised_layer_values(name, layer)
+    return values
+
+
+def _normalised_layer_values(name: str, layer: _LipschitzBatchNorm | SpectralLayer) -> dict[str, Tensor]:
+    values = {}
+    if isinstance(layer, SpectralLayer) or layer.running_var is not None:
+        values[f"lcnn_slope/{name}"] = layer.slope()
+    if layer.gamma is not None:
+        values[f"lcnn_gamma/{name}"] = layer.gamma
+    if isinstance(layer, SpectralLayer):
+        values[f"lcnn_sigma/{name}"] = layer.sigma()
+    return values
+
+
+def network_totals(surrogate: Surrogate) -> dict[str, Tensor]:
+    """Logarithms of the network's estimated slope and curvature bounds and of their ratio."""
+    return {
+        "lcnn/log_ratio": surrogate.log_ratio,
+        "lcnn/log_slope": surrogate.log_slope,
+        "lcnn/log_curvature": surrogate.log_curvature,
+    }
+
+
+def graph_values(surrogate: Surrogate) -> dict[str, Tensor]:
+    """Slope of every layer of the graph, and the share of every activation in the curvature, all its uses together."""
+    values = {
+        f"lcnn_slope/{name}": log_slope.exp()
+        for name, log_slope in zip(surrogate.layers, surrogate.layer_log_slopes, strict=True)
+    }
+    for name, share in zip(surrogate.activations, surrogate.shares(), strict=True):
+        key = f"lcnn_share/{name}"
+        values[key] = values[key] + share if key in values else share
+    return values
+
+
+def to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Copy all values to the host at once."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
