@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lcnn import bounds
 from lightning_lcnn._checks import check_int
-from lightning_lcnn.bounds import Surrogate, network_bound
+from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.batch import batch_input
 from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
@@ -77,9 +78,7 @@ class CurvatureMonitor(Callback):
         self._cache, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
 
     @override
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log if this is one of the steps."""
         if self.every_n_epochs is not None or not trainer.loggers:
             return
@@ -115,7 +114,7 @@ class CurvatureMonitor(Callback):
         self._show(pl_module)
         if self.certified and self._example is not None:
             with torch.inference_mode(False):
-                bound = network_bound(network_of(pl_module), self._example.to(pl_module.device))
+                bound = bounds.network_bound(network_of(pl_module), self._example.to(pl_module.device))
             # The largest of all processes, whose running statistics may differ: still a bound for each of them.
             for key, value in (("slope", bound.slope), ("curvature", bound.curvature)):
                 pl_module.log(f"lcnn/certified_{key}", value, reduce_fx="max", sync_dist=True)
