@@ -1,1 +1,18 @@
-"""TODO"""
+"""Slope and curvature bounds of whole networks."""
+
+from lightning_lcnn.bounds.graph import CurvatureGraph, Surrogate, trace
+from lightning_lcnn.bounds.module_rules import register_rule
+from lightning_lcnn.bounds.network import network_bound
+from lightning_lcnn.bounds.pieces import LayerBound
+from lightning_lcnn.bounds.result import LayerRow, NetworkBound
+
+__all__ = [
+    "CurvatureGraph",
+    "LayerBound",
+    "LayerRow",
+    "NetworkBound",
+    "Surrogate",
+    "network_bound",
+    "register_rule",
+    "trace",
+]

@@ -1,0 +1,94 @@
+"""A traced network at known shapes, with the certified bound of every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from lightning_lcnn.bounds.pieces import Diagonal, LayerBound, Shape, Weight
+from lightning_lcnn.bounds.shapes import record_shapes
+from lightning_lcnn.bounds.steps import Step, build_steps
+from lightning_lcnn.bounds.tracing import record
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """What both methods of :func:`network_bound` start from."""
+
+    steps: tuple[Step, ...]
+    shapes: tuple[Shape, ...]  # output of every step, batch dimension 1
+    bounds: tuple[LayerBound, ...]  # of every step as a map of its first input; joins have slope 1
+
+    def input_shape(self, i: int) -> Shape:
+        """Shape of the first input of step ``i``."""
+        inputs = self.steps[i].inputs
+        return self.shapes[inputs[0]] if inputs else self.shapes[i]
+
+    def copies(self, i: int) -> tuple[float, ...]:
+        """For a sum: the norm of broadcasting each input to the output, √(output size / input size)."""
+        size = math.prod(self.shapes[i])
+        return tuple(math.sqrt(size / math.prod(self.shapes[j])) for j in self.steps[i].inputs)
+
+
+def measure(model: nn.Module, example_input: Tensor) -> MeasuredNetwork:
+    """Trace the model, run the example for the shapes and certify every step in float64.
+
+    Raises:
+        TypeError: when an argument has the wrong type.
+        ValueError: when the model is in training mode, the example does not fit, or :func:`trace` refuses.
+    """
+    model = _checked(model, example_input)
+    graph: fx.Graph = record(model)
+    steps = tuple(build_steps(model, graph))
+    _check_evaluation(model, steps)
+    shapes = tuple(record_shapes(model, graph, steps, example_input))
+    network = MeasuredNetwork(steps, shapes, ())
+    return replace(network, bounds=_certified(network))
+
+
+def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"`example_input` must be a tensor, got {type(example_input).__name__}.")
+    if not example_input.is_floating_point() or example_input.dim() < 2 or len(example_input) < 1:
+        raise ValueError(
+            "`example_input` must hold floating-point numbers of shape (N, ...) with N >= 1, got "
+            f"{example_input.dtype} of shape {tuple(example_input.shape)}."
+        )
+    return getattr(model, "_orig_mod", model)
+
+
+def _check_evaluation(model: nn.Module, steps: tuple[Step, ...]) -> None:
+    training = [f"module '{step.name}'" for step in steps if step.module is not None and step.module.training]
+    if model.training or training:
+        where = training[0] if training else "the model"
+        raise ValueError(f"`model` must be in evaluation mode, but {where} is in training mode; call model.eval().")
+
+
+def _certified(network: MeasuredNetwork) -> tuple[LayerBound, ...]:
+    bounds: list[LayerBound] = []
+    for i, step in enumerate(network.steps):
+        try:
+            bound = step.piece.certify(network.input_shape(i), network.shapes[i])
+        except ValueError as error:
+            raise ValueError(f"`model` has no bound at '{step.name}' ({step.kind}): {error}") from error
+        if isinstance(step.piece, Diagonal):
+            bound = _folded(network, i, bounds, bound)
+        bounds.append(bound)
+    return tuple(bounds)
+
+
+def _folded(network: MeasuredNetwork, i: int, bounds: list[LayerBound], alone: LayerBound) -> LayerBound:
+    """Batch norm behind a layer that nothing else reads: the norm of both as one, over that of the layer."""
+    (source,) = network.steps[i].inputs
+    norm, layer = network.steps[i].piece, network.steps[source].piece
+    shared = sum(source in step.inputs for step in network.steps) > 1
+    before = float(bounds[source].slope)
+    if not (isinstance(norm, Diagonal) and isinstance(layer, Weight)) or shared or before == 0:
+        return alone
+    weight, scale = layer.exact_tensor(), norm.exact_scale()
+    folded = layer.norm(weight * scale.view(-1, *[1] * (weight.dim() - 1)), network.input_shape(source))
+    return LayerBound(min(float(alone.slope), folded / before))
