@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lcnn import bounds
+import lightning_lcnn.bounds as bounds
 from lightning_lcnn._checks import check_int
 from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import Callback
