@@ -8,6 +8,7 @@ from lightning_lcnn.layers.parameter_groups import (
     log_gammas,
     low_curvature_parameters,
 )
+from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 from lightning_lcnn.layers.spectral_base import SpectralLayer
 from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral_layers, update_spectral_norm
@@ -17,6 +18,7 @@ __all__ = [
     "LipschitzBatchNorm1d",
     "LipschitzBatchNorm2d",
     "LipschitzBatchNorm3d",
+    "PiecewiseSoftplus",
     "SpectralConv1d",
     "SpectralConv2d",
     "SpectralConv3d",

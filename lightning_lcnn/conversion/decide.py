@@ -1,0 +1,145 @@
+"""Deciding for every module of a recorded model what it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_lcnn.conversion import rules
+from lightning_lcnn.conversion.options import Options
+from lightning_lcnn.conversion.record import Record
+from lightning_lcnn.conversion.report import Change, Kept
+from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
+
+_NORMS = (*rules.NORMS, nn.SyncBatchNorm)
+
+
+class Decisions:
+    """Builds the replacements for the modules of ``model``, in which they then stand.
+
+    ``rows`` holds what was done to each, by its path.
+    """
+
+    def __init__(self, model: nn.Module, record: Record, options: Options) -> None:
+        self.model, self.record, self.options = model, record, options
+        self.modules = dict(model.named_modules())
+        self.rows: dict[str, Change | Kept] = {}
+        self._replacements: dict[int, nn.Module] = {}
+        parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+        self._uses = Counter(map(id, parameters))
+        dtypes = (p.dtype for p in parameters if p.is_floating_point())
+        self._dtype = next(dtypes, torch.float32)
+
+    def apply(self) -> nn.Module:
+        """Replace what can be replaced; return the model, or what replaces it."""
+        for name, module in self.modules.items():  # before the norms, which take over the scale of these layers
+            if type(module) in rules.SPECTRAL and self.options.spectral:
+                self._decide(name, module, self._spectral)
+        for name, module in self.modules.items():
+            if type(module) in _NORMS:
+                self._decide(name, module, self._norm)
+            elif type(module) in rules.AVERAGE:
+                self._decide(name, module, self._pooling)
+            elif rules.is_activation(module, self.options):
+                self._decide(name, module, self._activation)
+            elif name not in self.rows and module._parameters and not is_ours(module):
+                self._keep(name, module, self._why_unknown(module))
+        return replace_modules(self.model, self._replacements)
+
+    def _decide(self, name: str, module: nn.Module, decide: Any) -> None:
+        reason = self._why_untouched(name, module)
+        if reason:
+            self._keep(name, module, reason)
+        else:
+            decide(name, module)
+
+    def _why_untouched(self, name: str, module: nn.Module) -> str:
+        if self.options.skips(name, module):
+            return "in `skip`"
+        if self.record.usage[name].calls == 0:
+            return "the example input does not reach it in evaluation mode"
+        return "its forward was replaced" if "forward" in vars(module) else ""
+
+    def _why_unknown(self, module: nn.Module) -> str:
+        if parametrize.is_parametrized(module):
+            return "its parameters are parametrised; remove the parametrisation first"
+        known = (*rules.SPECTRAL, *_NORMS)
+        parent = next((cls.__name__ for cls in known if isinstance(module, cls)), None)
+        if parent is not None:
+            return f"a subclass of {parent}, which may compute something else"
+        return "holds parameters of its own" if module._modules else "no counterpart"
+
+    # layers that are linear
+
+    def _spectral(self, name: str, module: Any) -> None:
+        reason = self._why_not_spectral(name, module)
+        if reason:
+            return self._keep(name, module, reason)
+        new = rules.spectral(module, self.record.usage[name].inputs)
+        sigma = float(new.sigma().detach())
+        norm = self._norm_behind(name, module)
+        if norm is None:
+            rules.set_gain(new, sigma)
+        else:
+            rules.move_scale(new, self.modules[norm], sigma)
+        self._replace(
+            name, module, new, f"gain {sigma:.4g}" if norm is None else f"scale {sigma:.4g} moved into {norm}"
+        )
+
+    def _why_not_spectral(self, name: str, module: Any) -> str:
+        if module._parameters.get("weight") is None:
+            return "its weight is computed by a hook (weight norm, pruning); make that permanent first"
+        if name in self.record.read_outside:
+            return "another module reads its weight"
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return f"padding_mode={module.padding_mode!r} has no known norm; pad in a layer of its own"
+        norm = float(torch.linalg.vector_norm(module.weight.detach().double()))
+        return "" if math.isfinite(norm) and norm > 0 else "its weight is zero or not finite"
+
+    def _norm_behind(self, name: str, module: Any) -> str | None:
+        """Return the batch norm that gets all of this layer's output and nothing else, if its statistics can move."""
+        norm = self.record.only_consumer(name) or name
+        target: Any = self.modules[norm]
+        if type(target) not in _NORMS or target.running_var is None or norm in self.record.read_outside:
+            return None
+        if self._why_untouched(norm, target):
+            return None
+        if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
+            return None
+        return norm if module.bias is None or self._uses[id(module.bias)] == 1 else None
+
+    # all others
+
+    def _norm(self, name: str, module: Any) -> None:
+        if module.running_var is None:
+            return self._keep(name, module, "keeps no running statistics, so that its slope depends on the batch")
+        new, note = rules.batch_norm(module, len(self.record.usage[name].inputs[0]), self.options.gamma)
+        self._replace(name, module, new, note)
+
+    def _pooling(self, name: str, module: nn.Module) -> None:
+        new = rules.pooling(module, self.options)
+        if isinstance(new, str):
+            self._keep(name, module, new, smooth=False)
+        else:
+            self._replace(name, module, new)
+
+    def _activation(self, name: str, module: nn.Module) -> None:
+        new = rules.activation(module, self.options)
+        if new is None:
+            reason = rules.bend_reason(module)
+            self._keep(name, module, reason or "smooth already", smooth=not reason)
+        else:
+            new = new.to(self.record.usage[name].device, self._dtype)
+            self._replace(name, module, new, f"β {self.options.beta:g}", attributes=False)
+
+    def _replace(self, name: str, old: nn.Module, new: nn.Module, note: str = "", attributes: bool = True) -> None:
+        self._replacements[id(old)] = take_over(old, new, attributes)
+        self.rows[name] = Change(name, type(old).__name__, type(new).__name__, note)
+
+    def _keep(self, name: str, module: nn.Module, reason: str, smooth: bool = True) -> None:
+        self.rows[name] = Kept(name, type(module).__name__, reason, smooth)

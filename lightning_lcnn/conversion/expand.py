@@ -1,0 +1,172 @@
+"""Bring a model into a form of stock modules that the rules know, without changing what it computes."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lcnn.conversion import rules
+from lightning_lcnn.conversion.options import Options
+from lightning_lcnn.conversion.record import Record, record_run, same_values
+from lightning_lcnn.conversion.source import Build, CannotRewriteError, edit_method, is_function
+from lightning_lcnn.conversion.tree import is_stock, replace_modules, take_over
+
+_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+ACTIVATIONS: dict[Any, Build] = {
+    F.relu: (nn.ReLU, ("inplace",)),
+    torch.relu: (nn.ReLU, ()),
+    torch.relu_: (nn.ReLU, ()),
+    F.relu6: (nn.ReLU6, ("inplace",)),
+    F.leaky_relu: (nn.LeakyReLU, ("negative_slope", "inplace")),
+    F.hardtanh: (nn.Hardtanh, ("min_val", "max_val", "inplace")),
+    F.hardsigmoid: (nn.Hardsigmoid, ("inplace",)),
+}
+POOLINGS: dict[Any, Build] = {
+    F.max_pool1d: (nn.MaxPool1d, _POOL),
+    F.max_pool2d: (nn.MaxPool2d, _POOL),
+    F.max_pool3d: (nn.MaxPool3d, _POOL),
+    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
+}
+# timm's batch norm with dropout and activation inside; by name, for timm is no dependency
+_FUSED_NORMS = {"timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d}
+
+Place = tuple[str, CodeType]  # path of a module and code of one of its methods
+
+
+def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[nn.Module, Record, dict[Place, str]]:
+    """Turn functional activations and fused batch norms into stock modules, in a copy.
+
+    The copy is run again and dropped unless it gives the same output.
+
+    Args:
+        model: Left as it is.
+        example_input: One batch.
+        options: What is to be converted.
+
+    Returns:
+        The copy, the record of its run, and why the functional calls of a method were left alone.
+
+    Raises:
+        ValueError: If the model does not accept the input.
+    """
+    expanded = copy.deepcopy(model)
+    record = record_run(expanded, example_input)
+    places = _places(expanded, record, options)
+    reasons: dict[Place, str] = {}
+    for place, separate in places.items():
+        try:
+            _edit(expanded, place, separate, options)
+        except CannotRewriteError as error:
+            reasons[place] = str(error)
+    _replace_attributes(expanded, record, options)
+    expanded = _split_fused_norms(expanded, options)
+    _set_inplace(expanded, options)
+    after = _try_run(expanded, example_input)
+    if after is not None and same_values(record.output, after.output):
+        return expanded, after, reasons
+    plain = copy.deepcopy(model)
+    _set_inplace(plain, options)
+    after = record_run(plain, example_input)
+    if not same_values(record.output, after.output):
+        _refuse(model, example_input, record, options)
+    reason = "the model gave another output when it was rewritten"
+    return plain, after, dict.fromkeys(places, reason) | reasons
+
+
+def _places(model: nn.Module, record: Record, options: Options) -> dict[Place, set[str]]:
+    """Return the methods to edit, each with the activations to be given one module for every call."""
+    places: dict[Place, set[str]] = {}
+    for kink in record.kinks:
+        module = model.get_submodule(kink.owner)
+        if kink.code is None or options.skips(kink.owner, module):
+            continue
+        if kink.on_owner and not is_stock(module):
+            places.setdefault((kink.owner, kink.code), set())
+        elif options.separate_activations and type(module) in rules.ACTIVATIONS:
+            parent, _, attribute = kink.owner.rpartition(".")
+            if record.usage[kink.owner].calls > 1 and not isinstance(model.get_submodule(parent), nn.Sequential):
+                places.setdefault((parent, kink.code), set()).add(attribute)
+    return places
+
+
+def _edit(model: nn.Module, place: Place, separate: set[str], options: Options) -> None:
+    owner, code = place
+    module = model.get_submodule(owner)
+    functions = ACTIVATIONS | (POOLINGS if options.max_pool != "keep" else {})
+    for child in edit_method(module, code, functions, separate).values():
+        child.train(module.training)
+
+
+def _replace_attributes(model: nn.Module, record: Record, options: Options) -> None:
+    """Turn ``self.activation = F.relu`` into a child module of that name."""
+    owners = {kink.owner for kink in record.kinks}
+    for name, module in model.named_modules():
+        if name not in owners or is_stock(module) or options.skips(name, module):
+            continue
+        for key, value in list(vars(module).items()):
+            if is_function(value) and value in ACTIVATIONS:
+                delattr(module, key)
+                module.add_module(key, ACTIVATIONS[value][0]().train(module.training))
+
+
+def _split_fused_norms(model: nn.Module, options: Options) -> nn.Module:
+    """Turn timm's BatchNormAct2d into a sequence of a batch norm and what follows it."""
+    replacements: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        stock = _FUSED_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if stock is None or options.skips(name, module):
+            continue
+        norm: Any = stock(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            setattr(norm, key, value)
+        parts = {"norm": norm.train(module.training)} | dict(module.named_children())
+        kept = {key: part for key, part in parts.items() if type(part) is not nn.Identity}
+        replacements[id(module)] = take_over(module, nn.Sequential(OrderedDict(kept)), attributes=False)
+    return replace_modules(model, replacements)
+
+
+def _try_run(model: nn.Module, example_input: Tensor) -> Record | None:
+    try:
+        return record_run(model, example_input)
+    except ValueError:
+        return None
+
+
+def _set_inplace(model: nn.Module, options: Options, only: str | None = None) -> list[str]:
+    """Make activations that will be converted work out of place; return the paths of those that did not."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if rules.is_activation(module, options)
+        and getattr(module, "inplace", False)
+        and not options.skips(name, module)
+    ]
+    for name in found:
+        if only is None or name == only:
+            model.get_submodule(name).inplace = False  # type: ignore[assignment]
+    return found
+
+
+def _refuse(model: nn.Module, example_input: Tensor, record: Record, options: Options) -> None:
+    """Raise if it is the in-place activations that change the output, and not chance."""
+    trial = copy.deepcopy(model)
+    if not same_values(record.output, record_run(trial, example_input).output):
+        return
+    culprits = []
+    for name in _set_inplace(copy.deepcopy(model), options):
+        trial = copy.deepcopy(model)
+        _set_inplace(trial, options, name)
+        if not same_values(record.output, record_run(trial, example_input).output):
+            culprits.append(name)
+    raise ValueError(
+        f"`model` uses the input of in-place activations after they have overwritten it ({', '.join(culprits)}), and a "
+        "smooth activation leaves its input alone; let `forward` use the activation's result instead, or pass "
+        "these paths as `skip`."
+    )

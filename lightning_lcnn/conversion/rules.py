@@ -1,0 +1,161 @@
+"""What each module becomes, by its exact class: a subclass may compute something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lcnn.bounds.activations import CURVES, curve_of
+from lightning_lcnn.conversion.options import Options
+from lightning_lcnn.functional.batch_norm import batch_norm_slope
+from lightning_lcnn.layers import (
+    CenteredSoftplus,
+    LipschitzBatchNorm1d,
+    LipschitzBatchNorm2d,
+    LipschitzBatchNorm3d,
+    PiecewiseSoftplus,
+    SpectralConv1d,
+    SpectralConv2d,
+    SpectralConv3d,
+    SpectralLinear,
+)
+
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
+    nn.ReLU: lambda old, beta: CenteredSoftplus(beta),
+    nn.ReLU6: lambda old, beta: PiecewiseSoftplus((0.0, 6.0), (1.0, -1.0), beta=beta),
+    nn.LeakyReLU: lambda old, beta: PiecewiseSoftplus(
+        (0.0,), (1.0 - old.negative_slope,), slope=old.negative_slope, beta=beta
+    ),
+    nn.Hardtanh: lambda old, beta: PiecewiseSoftplus(
+        (old.min_val, old.max_val), (1.0, -1.0), offset=old.min_val, beta=beta
+    ),
+    nn.Hardsigmoid: lambda old, beta: PiecewiseSoftplus((-3.0, 3.0), (1 / 6, -1 / 6), beta=beta),
+}
+SPECTRAL: dict[type[nn.Module], Any] = {
+    nn.Linear: SpectralLinear,
+    nn.Conv1d: SpectralConv1d,
+    nn.Conv2d: SpectralConv2d,
+    nn.Conv3d: SpectralConv3d,
+}
+NORMS: dict[type[nn.Module], Any] = {
+    nn.BatchNorm1d: LipschitzBatchNorm1d,
+    nn.BatchNorm2d: LipschitzBatchNorm2d,
+    nn.BatchNorm3d: LipschitzBatchNorm3d,
+}
+_NORM_OF_INPUT = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+AVERAGE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MaxPool1d: nn.AvgPool1d,
+    nn.MaxPool2d: nn.AvgPool2d,
+    nn.MaxPool3d: nn.AvgPool3d,
+    nn.AdaptiveMaxPool1d: nn.AdaptiveAvgPool1d,
+    nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool3d: nn.AdaptiveAvgPool3d,
+}
+_CURVES = {cls: curve for curve, classes, _ in CURVES for cls in classes if cls is not CenteredSoftplus}
+
+
+def activation(old: nn.Module, options: Options) -> nn.Module | None:
+    """Return the smooth counterpart of an activation, None if it has none."""
+    if type(old) in ACTIVATIONS:
+        return ACTIVATIONS[type(old)](old, options.beta)
+    return CenteredSoftplus(options.beta) if type(old) in options.activations else None
+
+
+def is_activation(module: nn.Module, options: Options) -> bool:
+    """Whether it is an activation that we know of or were told of."""
+    return type(module) in _CURVES or type(module) in options.activations
+
+
+def bend_reason(module: nn.Module) -> str | None:
+    """Return why an activation has kinks, "" if it has none, None if the module is no known activation."""
+    curve = _CURVES.get(type(module))
+    return None if curve is None else curve_of(module, curve).reason
+
+
+def pooling(old: Any, options: Options) -> nn.Module | str:
+    """Return what replaces a max pooling, or the reason why nothing does."""
+    if options.max_pool == "keep":
+        return "max_pool='keep'"
+    if getattr(old, "return_indices", False) or getattr(old, "dilation", 1) not in (1, (1, 1), (1, 1, 1)):
+        return "dilated, or asked for indices"
+    if options.max_pool == "smooth":
+        if type(old) is not nn.MaxPool2d or old.ceil_mode:
+            return "only MaxPool2d without ceil_mode has a smooth counterpart; use max_pool='average'"
+        from lightning_lcnn.layers import LogMeanExpPool2d  # type: ignore
+
+        return LogMeanExpPool2d(old.kernel_size, old.stride, old.padding)
+    if hasattr(old, "output_size"):
+        return AVERAGE[type(old)](old.output_size)
+    arguments = (old.kernel_size, old.stride, old.padding, old.ceil_mode)
+    return AVERAGE[type(old)](*arguments, count_include_pad=False)
+
+
+def batch_norm(old: Any, dimensions: int, gamma: float | None) -> tuple[Any, str]:
+    """Return the Lipschitz batch norm with the same parameters and statistics, and a note on its γ.
+
+    Args:
+        old: A batch norm with running statistics.
+        dimensions: Of its input.
+        gamma: Start of γ; ``None``: 10 or the slope that it has, whichever is larger.
+
+    Returns:
+        The layer and the note.
+    """
+    weight = None if old.weight is None else old.weight.double()
+    slope = float(batch_norm_slope(weight, old.running_var.double(), old.eps).detach())
+    start = max(10.0, slope) if gamma is None else gamma
+    cls = NORMS[_NORM_OF_INPUT[dimensions] if type(old) is nn.SyncBatchNorm else type(old)]
+    like = {"device": old.running_var.device, "dtype": old.running_var.dtype}
+    new = cls(old.num_features, old.eps, old.momentum, old.affine, **like, gamma=start)
+    for name, value in (*old._parameters.items(), *old._buffers.items()):
+        setattr(new, name, value)
+    if old.weight is not None:
+        new.log_gamma.requires_grad_(old.weight.requires_grad)
+    if type(old) is nn.SyncBatchNorm:
+        new = nn.SyncBatchNorm.convert_sync_batchnorm(new, old.process_group)
+    clips = slope > start * (1 + 1e-6)
+    return new, f"γ {start:.4g} clips slope {slope:.4g}" if clips else f"γ {start:.4g}, slope {slope:.4g}"
+
+
+def spectral(old: Any, sizes: list[tuple[int, ...]]) -> Any:
+    """Return the spectral layer that holds the parameters of ``old``, so that tied weights stay tied.
+
+    Args:
+        old: A linear layer or convolution.
+        sizes: Shapes of the inputs that it got.
+
+    Returns:
+        The layer, without gain.
+    """
+    cls = SPECTRAL[type(old)]
+    if cls is SpectralLinear:
+        new = cls.from_layer(old)
+    else:
+        rank = len(old.kernel_size)
+        largest = tuple(max(size[i] for size in sizes) for i in range(-rank, 0))
+        new = cls.from_layer(old, input_size=largest)
+    new.weight, new.bias = old.weight, old.bias
+    return new
+
+
+def set_gain(layer: Any, sigma: float) -> None:
+    """Give a spectral layer the gain ``sigma``, which restores the scale of its weight."""
+    log_gamma = torch.full((), math.log(sigma), device=layer.weight.device, dtype=layer.weight.dtype)
+    layer.log_gamma = nn.Parameter(log_gamma, requires_grad=layer.weight.requires_grad)
+
+
+@torch.no_grad()
+def move_scale(layer: Any, norm: Any, sigma: float) -> None:
+    """Let the batch norm after a layer work on outputs that are 1/σ of those it knew.
+
+    BN(y; m, v, ε) = BN(y/σ; m/σ, v/σ², ε/σ²), so nothing changes, in training neither.
+    """
+    if layer.bias is not None:
+        layer.bias.div_(sigma)
+    norm.running_mean.div_(sigma)
+    norm.running_var.div_(sigma**2)
+    norm.eps /= sigma**2
