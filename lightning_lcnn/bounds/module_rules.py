@@ -32,6 +32,7 @@ from lightning_lcnn.bounds.pooling_rules import (
     softmax_bound,
     window_average,
 )
+from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -247,3 +248,4 @@ def _constant_pad(module: nn.ConstantPad2d) -> Piece:
 _fill()
 register_rule(nn.Softmax, lambda module, shape: softmax_bound(module.dim, shape))
 register_rule(nn.LogSoftmax, lambda module, shape: log_softmax_bound(module.dim, shape))
+register_rule(PiecewiseSoftplus, lambda module, shape: LayerBound(module.slope_bound(), module.curvature_bound()))

@@ -232,7 +232,8 @@ class Smooth(Piece):
 
     def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
         bound = self.bound(input_shape)
-        return LayerBound(float(bound.slope), float(bound.curvature), bound.reason)
+        slope, curvature = (float(torch.as_tensor(value).detach()) for value in (bound.slope, bound.curvature))
+        return LayerBound(slope, curvature, bound.reason)
 
 
 def max_magnitude(ends: tuple[float | Tensor, float | Tensor]) -> float:

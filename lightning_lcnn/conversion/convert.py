@@ -156,15 +156,17 @@ def _remaining_kinks(
         if is_ours(owner):
             continue
         what = f"{kink.operation} at {kink.place()}"
-        reason = "in `skip`" if options.skips(kink.owner, owner) else _why_kink(kink, owner, reasons)
+        reason = "in `skip`" if options.skips(kink.owner, owner) else _why_kink(kink, reasons)
         found[kink.owner, what] = Kept(kink.owner, what, reason, smooth=False)
     return list(found.values())
 
 
-def _why_kink(kink: Kink, owner: nn.Module, reasons: dict[Place, str]) -> str:
+def _why_kink(kink: Kink, reasons: dict[Place, str]) -> str:
     if kink.code is not None and (kink.owner, kink.code) in reasons:
         return f"functional call, {reasons[kink.owner, kink.code]}; use a module"
-    return f"functional call in {type(owner).__name__} that has no counterpart here; use a module"
+    if kink.code is not None and not kink.on_owner:
+        return f"functional call in `{kink.code.co_name}`, which is no method of the module; use a module"
+    return "functional call without a counterpart"
 
 
 def _warn(report: ConversionReport, options: Options) -> None:

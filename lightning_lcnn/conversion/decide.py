@@ -29,6 +29,7 @@ class Decisions:
         self.model, self.record, self.options = model, record, options
         self.modules = dict(model.named_modules())
         self.rows: dict[str, Change | Kept] = {}
+        self._encoders = [name for name, m in self.modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
         self._replacements: dict[int, nn.Module] = {}
         parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
         self._uses = Counter(map(id, parameters))
@@ -63,6 +64,8 @@ class Decisions:
             return "in `skip`"
         if self.record.usage[name].calls == 0:
             return "the example input does not reach it in evaluation mode"
+        if any(name.startswith(f"{path}.") for path in self._encoders):
+            return "nn.TransformerEncoderLayer reads it directly on its fast path"
         return "its forward was replaced" if "forward" in vars(module) else ""
 
     def _why_unknown(self, module: nn.Module) -> str:
