@@ -53,8 +53,11 @@ class SpectralLayer(nn.Module):
 
     def sigma(self) -> Tensor:
         """Estimate ⟨W, G⟩ of the norm with the raw weight; shape (), differentiable, at least float32."""
-        weight = self._accurate_weight()
-        return (weight * self.spectral_gradient).sum()
+        gradient = self.spectral_gradient
+        if torch.is_grad_enabled():
+            # Autograd keeps it: a refresh, or the buffer broadcast of DDP, may come before backward.
+            gradient = gradient.clone()
+        return (self._accurate_weight() * gradient).sum()
 
     def normalized_weight(self) -> Tensor:
         """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive (a zero weight)."""
@@ -82,7 +85,7 @@ class SpectralLayer(nn.Module):
         return triplet.residual
 
     @torch.no_grad()
-    def reset_spectral_norm(self, tolerance: float = 1e-4, max_iterations: int = 240) -> Tensor:
+    def reset_spectral_norm(self, tolerance: float = 1e-3, max_iterations: int = 240) -> Tensor:
         """Find G anew to convergence, from a fixed start: call it after the weight was changed from outside.
 
         Args:
