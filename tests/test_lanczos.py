@@ -1,6 +1,7 @@
 """Lanczos and symmetric power iteration against dense eigenvalues (LAPACK) and ARPACK."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_opposite_eigenvalues_give_exactly_one_for_every_start(seed):
 def test_power_iteration_grows_from_below_and_is_slow():
     matrices = symmetric([SPECTRA["near ±λ"]])
     norms = [symmetric_power_iteration(product(matrices), start_for(matrices), k).norm.item() for k in range(1, 30)]
-    assert all(after >= before - 1e-12 for before, after in zip(norms, norms[1:], strict=False))
+    assert all(after >= before - 1e-12 for before, after in pairwise(norms))
     assert norms[-1] <= 1
     result = symmetric_power_iteration(product(matrices), start_for(matrices), 60)
     truth = torch.linalg.eigvalsh(matrices).abs()

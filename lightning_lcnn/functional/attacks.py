@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
 from lightning_lcnn.functional.hessian_operator import value_and_input_gradient
-from lightning_lcnn.functional.input_function import PerExampleFunction
+from lightning_lcnn.functional.input_function import logits_of
 from lightning_lcnn.functional.lanczos import safe_norm
 from lightning_lcnn.functional.outputs import logit_margin
 
@@ -63,7 +63,9 @@ def projected_gradient_attack(
     check_positive("step_size", step)
     low, high = bounds or (-math.inf, math.inf)
     column = (-1,) + (1,) * (x.ndim - 1)
-    function = PerExampleFunction(model, target, logit_margin)
+
+    def function(point: Tensor) -> Tensor:
+        return logit_margin(logits_of(model, point, None), target)
 
     def project(point: Tensor) -> Tensor:
         delta = point - x

@@ -82,7 +82,7 @@ class HessianOperator:
         retain = mode == "double_backward"
         with _second_derivative_errors():
             graph_gradient, self._leaf, values = _gradient(function, x, create_graph=retain)
-        _warn_of_kinks(getattr(function, "model", function), values)
+            _inspect(getattr(function, "model", function), values, twice=mode != "finite_difference")
         self.gradient = graph_gradient.detach()
         self._graph_gradient = graph_gradient if retain else None
         products: dict[str, Callable[[Tensor], Tensor]] = {
@@ -148,30 +148,36 @@ def _second_derivative_errors() -> Iterator[None]:
         ) from error
 
 
-def _warn_of_kinks(model: Any, values: Tensor) -> None:
-    """Say once per model that kinks (ReLU, max pooling) do not enter a Hessian; found in the graph of ``values``."""
-    if model in _warned:
-        return
-    names = {name.split("Backward")[0] for name in _node_names(values) if name.startswith(_KINKS)}
-    if names:
+def _inspect(model: Any, values: Tensor, twice: bool) -> None:
+    """Refuse operations that would silently lose their second derivative; say once per model that it has kinks."""
+    nodes = _graph_nodes(values)
+    once = [node.name() for node in nodes if twice and _is_once_differentiable(node)]
+    if once:
+        raise RuntimeError(f"trying to differentiate twice a function marked once_differentiable: {', '.join(once)}")
+    kinks = {node.name().split("Backward")[0] for node in nodes if node.name().startswith(_KINKS)}
+    if kinks and model not in _warned:
         _warned.add(model)
         warnings.warn(
-            f"the model has kinks ({', '.join(sorted(names))}): its measured Hessian is that of the smooth pieces and "
+            f"the model has kinks ({', '.join(sorted(kinks))}): its measured Hessian is that of the smooth pieces and "
             "misses the jumps of the gradient between them. Measure gradient_stability, or a smooth copy made by "
             "to_low_curvature with a large beta.",
             stacklevel=2,
         )
 
 
-def _node_names(values: Tensor) -> set[str]:
-    """Names of all operations in the graph of ``values``."""
-    names: set[str] = set()
+def _is_once_differentiable(node: Any) -> bool:
+    """Torch raises for these only where the incoming gradient depends on x, and gives zeros otherwise."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(getattr(backward, "__code__", None), "co_filename", "") == torch.autograd.function.__file__
+
+
+def _graph_nodes(values: Tensor) -> list[Any]:
+    """All operations in the graph of ``values``."""
+    nodes: dict[Any, None] = {}
     stack: list[Any] = [values.grad_fn]
-    seen: set[Any] = {None}
     while stack:
         node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            names.add(node.name())
+        if node is not None and node not in nodes:
+            nodes[node] = None
             stack.extend(parent for parent, _ in node.next_functions)
-    return names
+    return list(nodes)

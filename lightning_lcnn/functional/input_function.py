@@ -15,7 +15,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_lcnn._checks import check_int
 from lightning_lcnn.functional._state import measuring
-from lightning_lcnn.functional.outputs import OUTPUTS, Output, logit_margin, per_example_loss, resolve_output
+from lightning_lcnn.functional.outputs import (
+    OUTPUTS,
+    Output,
+    logit_margin,
+    per_example_loss,
+    resolve_output,
+    runner_up,
+    target_logit,
+)
 
 Adapter = Callable[[Any], Tensor]
 InputFunction = Callable[[Tensor], Tensor]  # (b, …) to (b,), example by example
@@ -57,7 +65,11 @@ def measure(
 
 
 class PerExampleFunction:
-    """x -> output(logits(x), target), (b, …) to (b,); checks logits and targets in its first call."""
+    """x -> output(logits(x), target), (b, …) to (b,).
+
+    The first call checks logits and targets, and fixes the margin's rival class: the margin would otherwise jump in
+    its gradient where the rival changes, even for a linear model.
+    """
 
     def __init__(
         self, model: Callable[[Tensor], Any], target: Tensor, output: Output, adapter: Adapter | None = None
@@ -74,6 +86,9 @@ class PerExampleFunction:
         if not self._checked:
             check_logits(logits, self.target, known_output=self.output in OUTPUTS.values())
             _warn_of_underflow(logits, self.target, self.output)
+            if self.output is logit_margin and logits.shape[1] > 1:
+                rival = runner_up(logits, self.target)
+                self.output = lambda logits, target: target_logit(logits, target) - target_logit(logits, rival)
             self._checked = True
         values = self.output(logits, self.target)
         if not isinstance(values, Tensor) or values.shape != (len(x),):

@@ -17,6 +17,9 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
 
     m = z_t - max_{j≠t} z_j, positive exactly where the prediction is right.
 
+    The input measures hold the other class fixed at its choice for x itself, so that a change of rival beside x does
+    not look like curvature.
+
     Args:
         logits: (B, K) with K >= 2.
         target: (B,) of int64.
@@ -35,9 +38,12 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
     """
     if logits.shape[1] < 2:
         raise ValueError(f"the margin needs at least 2 classes, got logits of shape {tuple(logits.shape)}.")
-    target = target.unsqueeze(1)
-    runner_up = logits.detach().scatter(1, target, -torch.inf).argmax(1, keepdim=True)
-    return (logits.gather(1, target) - logits.gather(1, runner_up)).squeeze(1)
+    return target_logit(logits, target) - target_logit(logits, runner_up(logits, target))
+
+
+def runner_up(logits: Tensor, target: Tensor) -> Tensor:
+    """Class (B,) of the best logit other than the target's."""
+    return logits.detach().scatter(1, target.unsqueeze(1), -torch.inf).argmax(1)
 
 
 def per_example_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def gradient_stability(
 
     The random δ are uniform on the sphere, from a private generator, and the same for every example: values do not
     depend on batches and shards, and two models are compared on equal perturbations. The worst δ is sought by
-    δ ← radius · H(x+δ)d / ‖H(x+δ)d‖ with d = ∇f(x+δ) - ∇f(x), the ascent direction of ‖d‖²; where f is quadratic that
-    is power iteration.
+    δ ← radius · H(x+δ)d / ‖H(x+δ)d‖ with d = ∇f(x+δ) - ∇f(x), the ascent direction of ‖d‖², half of the steps from the
+    worst random δ and half from the opposite of what they found; where f is quadratic that is power iteration.
 
     Args:
         model: module in evaluation mode, or any callable, that maps (B, …) to logits (B, K).
@@ -88,7 +88,11 @@ def gradient_stability(
         search = _Search(function, chunk, radius)
         directions = common_directions(chunk, num_samples, seed)
         samples = [search.visit(direction.expand(chunk.shape)) for direction in directions]
-        for _ in range(num_worst_steps):
+        search.return_to_worst()
+        for step in range(num_worst_steps):
+            if step == (num_worst_steps + 1) // 2:  # δ and -δ are equal to first order and differ beyond it
+                search.return_to_worst()
+                search.visit(-search.perturbation)
             search.ascend(hvp)
         changes = torch.stack(samples, dim=1)
         return GradientStabilityResult(changes.mean(1), search.worst, changes, search.perturbation)
@@ -120,8 +124,11 @@ class _Search:
         self.perturbation = torch.where(better.view(column), self._current, self.perturbation)
         return relative
 
-    def ascend(self, hvp: str) -> None:
-        """One step from the worst perturbation along the gradient of ‖∇f(x+δ) - ∇f(x)‖²."""
+    def return_to_worst(self) -> None:
+        """Go back to the worst perturbation of each example."""
         self._current = self.perturbation
-        operator = HessianOperator(self.function, self.x + self.perturbation, hvp)
+
+    def ascend(self, hvp: str) -> None:
+        """One step along the gradient of ‖∇f(x+δ) - ∇f(x)‖²."""
+        operator = HessianOperator(self.function, self.x + self._current, hvp)
         self.visit(operator(operator.gradient - self.gradient))
