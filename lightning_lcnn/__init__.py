@@ -1,5 +1,34 @@
-"""Low-curvature neural networks for PyTorch Lightning."""
+"""Low-curvature neural networks for PyTorch Lightning.
 
+Inherit :class:`LCNNMixin`, convert the network with :func:`to_low_curvature`, add :class:`CurvatureMonitor` to the
+Trainer. Everything below the mixin and the callbacks also works in a plain PyTorch loop.
+"""
+
+from lightning_lcnn import bounds, conversion, functional, layers, metrics, models, penalties
 from lightning_lcnn.__about__ import __version__
+from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
+from lightning_lcnn.conversion import fold, to_low_curvature
+from lightning_lcnn.layers import lcnn_parameter_groups
+from lightning_lcnn.mixin import LCNNMixin
 
-__all__ = ["__version__"]
+__all__ = [  # noqa: RUF022  (grouped by use)
+    # training
+    "LCNNMixin",
+    "PenaltyCallback",
+    "lcnn_parameter_groups",
+    # networks
+    "fold",
+    "to_low_curvature",
+    # callbacks
+    "CurvatureMonitor",
+    "PowerIteration",
+    # modules
+    "bounds",
+    "conversion",
+    "functional",
+    "layers",
+    "metrics",
+    "models",
+    "penalties",
+    "__version__",
+]

@@ -166,6 +166,18 @@ def test_contract() -> None:
         assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_the_handle_for_synchronisation_is_no_module_and_survives_copies() -> None:
+    model = nn.Sequential(LipschitzBatchNorm2d(3))
+    assert [type(module) for module in model.modules()] == [nn.Sequential, LipschitzBatchNorm2d]
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert [type(module) for module in converted.modules()] == [nn.Sequential, LipschitzBatchNorm2d]
+    for copied in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert isinstance(copied[0]._sync, nn.SyncBatchNorm)
+    assert not isinstance(model[0]._sync, nn.SyncBatchNorm)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(converted(x), model(x))  # no processes: nothing to synchronise
+
+
 @pytest.mark.parametrize("gamma", [0.0, -1.0, math.inf])
 def test_bad_gamma(gamma: float) -> None:
     with pytest.raises(ValueError, match="`gamma` must be a finite number > 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -20,19 +21,10 @@ from lightning_lcnn.functional.batch_norm import (
 )
 
 
-class _SyncMarker(nn.BatchNorm1d):
-    """Stateless child that ``convert_sync_batchnorm`` finds and replaces, so that the layer learns to synchronise.
-
-    torch replaces every subclass of its batch norm by its own class, which would drop γ without a word.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features, affine=False, track_running_stats=False)
-
-
 class _LipschitzBatchNorm(_NormBase):
     _dimensions: tuple[int, ...]
     log_gamma: nn.Parameter | None
+    _sync: nn.Module
     weight: Tensor | None  # type: ignore[assignment]
     bias: Tensor | None  # type: ignore[assignment]
 
@@ -54,7 +46,22 @@ class _LipschitzBatchNorm(_NormBase):
         else:
             check_positive("gamma", gamma)
             self.log_gamma = nn.Parameter(torch.full((), math.log(gamma), device=device, dtype=dtype))
-        self.sync = _SyncMarker(num_features)
+        self.add_module("sync", nn.BatchNorm1d(num_features, affine=False, track_running_stats=False))
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """A stateless batch norm, which is no module of this one, for ``convert_sync_batchnorm`` to find.
+
+        torch replaces every subclass of its batch norm by its own class, which would drop γ without a word. So this
+        layer is none; the converter finds the stateless one, hands its replacement to :meth:`add_module`, and the
+        layer then knows that it shall synchronise, and over which processes.
+        """
+        yield "sync", self._sync
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Keep what ``convert_sync_batchnorm`` made of the stateless batch norm, outside the module tree."""
+        if name != "sync":
+            raise ValueError(f"{type(self).__name__} takes no submodules, got {name!r}.")
+        object.__setattr__(self, "_sync", module)
 
     @property
     def gamma(self) -> Tensor | None:
@@ -85,7 +92,7 @@ class _LipschitzBatchNorm(_NormBase):
             raise ValueError(f"`x` must be {expected} for {type(self).__name__}, got shape {tuple(x.shape)}.")
         momentum = self._count_batch()
         use_batch = self.training or self.running_mean is None
-        if self.training and isinstance(self.sync, nn.SyncBatchNorm) and dist.is_initialized():
+        if self.training and isinstance(self._sync, nn.SyncBatchNorm) and dist.is_initialized():
             return self._synchronized(x, momentum)
         weight, bias = self.weight, self.bias
         if self.log_gamma is not None:
@@ -136,7 +143,7 @@ class _LipschitzBatchNorm(_NormBase):
 
     def _synchronized(self, x: Tensor, momentum: float) -> Tensor:
         """Training step of synchronised batch norm: one all-reduce, the clip from the global variance."""
-        mean, variance, count = synchronized_moments(x, cast(Any, self.sync).process_group)
+        mean, variance, count = synchronized_moments(x, cast(Any, self._sync).process_group)
         if self.running_mean is not None and self.running_var is not None:
             unbiased = variance.detach() * (count / (count - 1).clamp(min=1.0)).to(variance.dtype)
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
