@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn._checks import import_extra
+from lightning_lcnn._checks import check_choice, import_extra
 from lightning_lcnn.functional._state import preserved_model_state
 from lightning_lcnn.functional.attacks import projected_gradient_attack
 from lightning_lcnn.functional.input_function import Adapter, logits_of
@@ -57,6 +57,7 @@ def resolve_attack(
         tensor([[1., 1.]])
     """
     if attack is None:
+        check_choice("norm", norm, ("l2", "linf"))
         return functools.partial(_default_attack, norm=norm, bounds=bounds, options=dict(attack_kwargs))
     if isinstance(attack, str):
         attack = _torchattacks_class(attack)

@@ -80,6 +80,8 @@ class InputHessianNorm(PerExampleMetric):
         {'mean': 2.0, 'converged': 1.0}
     """
 
+    is_iterative = True
+
     def __init__(
         self,
         output: str | Output = "margin",

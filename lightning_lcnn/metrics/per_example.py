@@ -36,6 +36,7 @@ class PerExampleMetric(MeasuringMetric):
 
     higher_is_better = False
     plot_lower_bound = 0.0
+    is_iterative = False  # whether `_measure` returns convergence flags
     value_sum: Tensor
     num_converged: Tensor
     per_example: list[Tensor]
@@ -60,7 +61,7 @@ class PerExampleMetric(MeasuringMetric):
         self.reduction = reduction
         self._reductions_wanted = (reduction,) if isinstance(reduction, str | float) else tuple(reduction)
         for wanted in self._reductions_wanted:
-            _check_reduction(wanted)
+            self._check_reduction(wanted)
         self._keeps_values = any(wanted not in ("mean", "converged") for wanted in self._reductions_wanted)
         self._add_float("value_sum")
         self._add_counter("num_converged")
@@ -103,6 +104,14 @@ class PerExampleMetric(MeasuringMetric):
         share = torch.arange(1, len(ordered) + 1) / len(ordered)
         return plot_curve((ordered, share, share), ax=ax, label_names=(type(self).__name__, "share of examples below"))
 
+    def _check_reduction(self, wanted: Any) -> None:
+        if isinstance(wanted, str):
+            check_choice("reduction", wanted, _NAMED_REDUCTIONS)
+        elif not isinstance(wanted, float) or not 0 < wanted < 1:
+            raise ValueError(f"`reduction` must be one of {_NAMED_REDUCTIONS} or a quantile in (0, 1), got {wanted!r}.")
+        if wanted == "converged" and not self.is_iterative:
+            raise ValueError(f"`reduction` = 'converged' has no meaning: {type(self).__name__} has no iteration.")
+
     def _all_values(self) -> Tensor:
         return dim_zero_cat(self.per_example) if len(self.per_example) else self.value_sum.new_empty(0)
 
@@ -116,13 +125,6 @@ class PerExampleMetric(MeasuringMetric):
         if values.numel() == 0:
             return values.new_tensor(torch.nan)
         return torch.quantile(values, 0.5 if wanted == "median" else float(wanted))
-
-
-def _check_reduction(reduction: Any) -> None:
-    if isinstance(reduction, str):
-        check_choice("reduction", reduction, _NAMED_REDUCTIONS)
-    elif not isinstance(reduction, float) or not 0 < reduction < 1:
-        raise ValueError(f"`reduction` must be one of {_NAMED_REDUCTIONS} or a quantile in (0, 1), got {reduction!r}.")
 
 
 def _key(reduction: Reduction) -> str:
