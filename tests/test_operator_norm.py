@@ -202,6 +202,15 @@ def test_norms_draw_nothing_from_the_global_generator():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("context", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=str)
+def test_norms_do_not_depend_on_autocast_or_the_default_device(context):
+    for layer, shape in [(nn.Conv2d(8, 8, 3, padding=1), (8, 20, 20)), (SpectralConv2d(3, 4, 3), (3, 8, 8))]:
+        bound, estimate = operator_norm_bound(layer, shape), operator_norm_estimate(layer, shape)
+        with context:
+            assert operator_norm_bound(layer, shape) == bound
+            assert operator_norm_estimate(layer, shape) == estimate
+
+
 def test_bad_input_is_refused():
     class Doubled(nn.Linear):
         def forward(self, x):

@@ -322,6 +322,15 @@ def test_per_sample_gradients_by_torch_func():
     torch.testing.assert_close(each["weight"].sum(0), total, rtol=1e-4, atol=1e-5)
 
 
+def test_default_device_does_not_matter():
+    layer, _ = build("conv2d")
+    expected = layer.spectral_gradient.clone()
+    with torch.device("meta"):
+        layer.reset_spectral_norm()
+        layer.update_spectral_norm()
+    torch.testing.assert_close(layer.spectral_gradient, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_meta_device_then_materialised():
     with torch.device("meta"):
         network = nn.Sequential(SpectralConv2d(3, 4, 3, input_size=(6, 6)), SpectralLinear(4, 2))

@@ -77,11 +77,12 @@ def conv_norm_bound(
             f"`input_size` must hold {weight.dim() - 2} sizes that leave at least one output position, "
             f"got {tuple(input_size)} for a kernel of size {geometry.kernel_size}."
         )
-    weight, scale = _scaled(weight)
-    largest = _norm(weight, input_size, geometry)
     split_size, split = _without_dilation(input_size, geometry)
-    if split != geometry:
-        largest = min(largest, _norm(weight, split_size, split))
+    with torch.device("cpu"):  # the user may have set another default
+        weight, scale = _scaled(weight)
+        largest = _norm(weight, input_size, geometry)
+        if split != geometry:
+            largest = min(largest, _norm(weight, split_size, split))
     return largest * scale * _INFLATION
 
 

@@ -90,7 +90,7 @@ def lanczos(
         raise ValueError(f"`start` must have shape (examples, unknowns, …), got {tuple(start.shape)}.")
     n = start[0].numel()
     num_steps = min(num_steps, n)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     basis = start.new_zeros(len(start), num_steps, n)
     alpha = start.new_zeros(len(start), num_steps)
     beta = start.new_zeros(len(start), num_steps)
@@ -126,10 +126,10 @@ def safe_norm(vectors: Tensor) -> Tensor:
 
 def common_directions(x: Tensor, number: int, seed: int) -> Tensor:
     """Standard normal directions (number, *x.shape[1:]), the same for every example, batch, shard and device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # always drawn in double precision: float32 and float64 runs then use the same directions
-    return torch.randn(number, *x.shape[1:], generator=generator, dtype=torch.float64).to(x.device, dtype)
+    return torch.randn(number, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(x.device, dtype)
 
 
 def _orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def _orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fresh_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
     """Random unit vectors (B, n) orthogonal to ``basis`` (B, k, n) with k < n."""
-    direction = torch.randn(basis.shape[2], generator=generator, dtype=torch.float64).to(basis)
+    direction = torch.randn(basis.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     vectors, _ = _orthogonalise(direction.expand(len(basis), -1), basis)
     return vectors / safe_norm(vectors).unsqueeze(1)
 

@@ -42,7 +42,8 @@ def operator_norm_bound(layer: nn.Module, input_shape: Sequence[int]) -> float:
     """Certified upper bound of the operator norm of a linear or convolution layer.
 
     ‖A‖ = max over x of ‖A x‖₂ / ‖x‖₂ with A x = layer(x) − layer(0), bounded in float64 and inflated by 1e-6; exact
-    for linear layers, for convolutions see :func:`conv_norm_bound`.
+    for linear layers, for convolutions see :func:`conv_norm_bound`. The rounding of a forward in float32 is no
+    part of it.
 
     Args:
         layer: exactly an nn.Linear, nn.Conv1d, 2d or 3d, one of our spectral layers, or a registered class.
@@ -111,12 +112,13 @@ def operator_norm_estimate(
         operator = conv_operator(weight, input_shape[1:], geometry)
     shape = tuple(input_shape[-1:] if weight.dim() == 2 else input_shape)
     if start is None:
-        start = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        start = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     elif tuple(start.shape) != shape:
         raise ValueError(f"`start` must have the shape {shape} of one input, got {tuple(start.shape)}.")
-    triplet = largest_singular_triplet(
-        operator.apply, operator.adjoint, start.to(weight), tolerance=1e-6, max_iterations=num_iterations
-    )
+    with torch.autocast(weight.device.type, enabled=False):
+        triplet = largest_singular_triplet(
+            operator.apply, operator.adjoint, start.to(weight), tolerance=1e-6, max_iterations=num_iterations
+        )
     return triplet.value.item()
 
 

@@ -49,7 +49,8 @@ class SpectralLayer(nn.Module):
 
     def slope(self) -> Tensor:
         """Slope that the layer is trained to have: the gain, or 1; shape (), differentiable."""
-        return self.weight.new_ones(()) if self.log_gamma is None else self.log_gamma.exp()
+        # from the buffer, which is an ordinary tensor where FSDP2 shards the weight
+        return self.spectral_gradient.new_ones(()) if self.log_gamma is None else self.log_gamma.exp()
 
     def sigma(self) -> Tensor:
         """Estimate ⟨W, G⟩ of the norm with the raw weight; shape (), differentiable, at least float32."""
@@ -77,9 +78,10 @@ class SpectralLayer(nn.Module):
         """
         if self.right_vector.numel() == 0:
             return self.reset_spectral_norm()
-        operator = self._operator(self._accurate_weight(), self.right_vector.shape)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            start = self.right_vector.to(self._accurate_weight().dtype)
+        weight = self._accurate_weight()
+        operator = self._operator(weight, self.right_vector.shape)
+        with torch.autocast(weight.device.type, enabled=False):
+            start = self.right_vector.to(weight.dtype)
             triplet = power_iteration(operator.apply, operator.adjoint, start, num_iterations)
             self._store(operator, triplet)
         return triplet.residual
@@ -100,8 +102,8 @@ class SpectralLayer(nn.Module):
         weight = self._accurate_weight()
         operator = self._operator(weight, shape)
         # A private generator: the global one stays untouched, and all ranks start from the same vector.
-        start = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        with torch.autocast(self.weight.device.type, enabled=False):
+        start = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        with torch.autocast(weight.device.type, enabled=False):
             triplet = largest_singular_triplet(
                 operator.apply, operator.adjoint, start.to(weight), tolerance, max_iterations
             )
@@ -147,10 +149,10 @@ class SpectralLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the input size of the checkpoint; find G anew where the weight came without it."""
         loaded, expected = state_dict.get(prefix + "right_vector"), self._default_right_shape()
-        if loaded is not None and (
-            loaded.numel() == 0 or (loaded.dim() == len(expected) and loaded.shape[0] == expected[0])
-        ):
-            self.right_vector = self.right_vector.new_zeros(loaded.shape)
+        if loaded is not None and loaded.shape != self.right_vector.shape:
+            fits = loaded.dim() == len(expected) and loaded.shape[0] == expected[0]
+            if fits or loaded.numel() == 0:
+                self.right_vector = self.right_vector.new_zeros(loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         arrived = [prefix + name in state_dict for name in _STATE]
         if any(arrived) and not all(arrived):
