@@ -53,9 +53,9 @@ def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[n
         The copy, the record of its run, and why the functional calls of a method were left alone.
 
     Raises:
-        ValueError: If the model does not accept the input.
+        ValueError: If the model cannot be copied or does not accept the input.
     """
-    expanded = copy.deepcopy(model)
+    expanded = _copy(model)
     record = record_run(expanded, example_input)
     places = _places(expanded, record, options)
     reasons: dict[Place, str] = {}
@@ -77,6 +77,16 @@ def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[n
         _refuse(model, example_input, record, options)
     reason = "the model gave another output when it was rewritten"
     return plain, after, dict.fromkeys(places, reason) | reasons
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"`model` cannot be copied ({type(error).__name__}: {error}); make weight norm or pruning permanent first, "
+            "and detach tensors that modules keep."
+        ) from error
 
 
 def _places(model: nn.Module, record: Record, options: Options) -> dict[Place, set[str]]:

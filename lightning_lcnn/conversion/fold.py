@@ -55,7 +55,8 @@ def fold(model: ModelT, example_input: Tensor | None = None, *, batch_norm: str 
     check_model(model)
     check_choice("batch_norm", batch_norm, ("keep", "fuse"))
     folded = copy.deepcopy(model).eval()
-    replacements = {id(old): take_over(old, new) for old in folded.modules() if (new := _plain(old)) is not None}
+    pairs = [(old, _plain(old)) for old in folded.modules()]
+    replacements = {id(old): take_over(old, new, attributes=False) for old, new in pairs if new is not None}
     if not replacements:
         raise ValueError(f"`model` ({type(model).__name__}) has nothing to fold: no low-curvature layer is in it.")
     folded = replace_modules(folded, replacements)  # type: ignore[assignment]

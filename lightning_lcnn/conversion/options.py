@@ -45,7 +45,7 @@ class Options:
 def checked_skip(skip: Iterable[str | type[nn.Module]], model: nn.Module) -> tuple[str | type[nn.Module], ...]:
     """Return ``skip`` as a tuple, all of whose paths exist in the model."""
     items = (skip,) if isinstance(skip, str | type) else tuple(skip)
-    paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    paths = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""}
     for item in items:
         if isinstance(item, str) and item not in paths:
             raise ValueError(
