@@ -51,7 +51,7 @@ class PowerIteration(Callback):
         self,
         every_n_steps: int = 10,
         num_iterations: int = 1,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-3,
         max_iterations: int = 240,
     ) -> None:
         check_int("every_n_steps", every_n_steps)
