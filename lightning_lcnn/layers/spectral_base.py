@@ -25,7 +25,8 @@ class SpectralLayer(nn.Module):
 
     G = ∂σ/∂W, the buffer ``spectral_gradient``, is the pull-back of the leading singular pair u vᵀ on the
     weight. It is constant in :meth:`forward`, which therefore costs one dot product and has an exact
-    gradient; :meth:`update_spectral_norm` refreshes it from time to time.
+    gradient; :meth:`update_spectral_norm` refreshes it from time to time. Whoever changes the weight in
+    another way than by small steps (initialisation, averaging, pruning) calls :meth:`reset_spectral_norm`.
     """
 
     weight: Tensor
@@ -75,6 +76,14 @@ class SpectralLayer(nn.Module):
 
         Returns:
             Relative residual of the singular pair, shape ().
+
+        Source:
+            Ours; see :func:`lightning_lcnn.functional.power_iteration`.
+
+        Example:
+            >>> from lightning_lcnn.layers import SpectralLinear
+            >>> SpectralLinear(3, 2).update_spectral_norm().shape
+            torch.Size([])
         """
         if self.right_vector.numel() == 0:
             return self.reset_spectral_norm()
@@ -96,6 +105,20 @@ class SpectralLayer(nn.Module):
 
         Returns:
             Relative residual of the singular pair, shape ().
+
+        Raises:
+            ValueError: when the weight holds numbers that are not finite.
+
+        Source:
+            Ours; see :func:`lightning_lcnn.functional.largest_singular_triplet`.
+
+        Example:
+            >>> from lightning_lcnn.layers import SpectralLinear
+            >>> layer = SpectralLinear(3, 3)
+            >>> weight = nn.init.eye_(layer.weight).data.mul_(7.0)
+            >>> residual = layer.reset_spectral_norm()
+            >>> print(f"{layer.sigma():.3f}")
+            7.000
         """
         known = self.right_vector.numel() > 0
         shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
