@@ -34,7 +34,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         ValueError: when ``gamma`` is not a finite number > 0.
 
     Source:
-        LCNN paper (arXiv 2206.07144), section 3, divides convolutions by their spectral norm; G is ours.
+        LCNN paper (arXiv 2206.07144) divides convolutions by their spectral norm; G is ours.
 
     Example:
         >>> layer = SpectralLinear(20, 10)
@@ -133,7 +133,7 @@ class SpectralConv2d(SpectralConvNd, nn.Conv2d):
         ValueError: when ``gamma``, ``padding_mode`` or ``input_size`` is out of range.
 
     Source:
-        LCNN paper (arXiv 2206.07144), section 3, divides convolutions by their spectral norm; the exact
+        LCNN paper (arXiv 2206.07144) divides convolutions by their spectral norm; the exact
         operator (stride, padding, input size) and the constant G are ours.
 
     Example:
