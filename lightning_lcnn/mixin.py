@@ -119,19 +119,24 @@ def _check_base_order(cls: type) -> None:
             )
 
 
-def _wrap_training_step(cls: type) -> None:
-    """Wrap the step that ``cls`` defines, or one that it inherits from a base without the mixin."""
-    step = cls.__dict__.get("training_step")
-    if step is None:
-        inherited = getattr(cls, "training_step", None)
-        if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "_lcnn_wrapper"):
-            return
+def _wrap_training_step(cls: Any) -> None:
+    step = cls.__dict__.get("training_step") or _inherited_step(cls)
+    if step is not None:
+        cls.training_step = _penalised(step)
 
-        @functools.wraps(inherited, updated=())
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return super(cls, self).training_step(*args, **kwargs)  # type: ignore[misc]
 
-    cls.training_step = _penalised(step)  # type: ignore[attr-defined]
+def _inherited_step(cls: type) -> Callable[..., Any] | None:
+    """A step that calls the one inherited from a base without the mixin; None where there is no such base."""
+    inherited = getattr(cls, "training_step", None)
+    if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "_lcnn_wrapper"):
+        return None
+
+    @functools.wraps(inherited, updated=())
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        following: Any = super(cls, self)
+        return following.training_step(*args, **kwargs)
+
+    return training_step
 
 
 def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,12 +157,13 @@ def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
         batch = args[0] if args else next(iter(kwargs.values()), None)
         return add_to_output(output, lambda: self.curvature_penalty(batch))
 
-    training_step.__wrapped__ = inspect.unwrap(step)  # type: ignore[attr-defined]
-    training_step._lcnn_wrapper = True  # type: ignore[attr-defined]
-    return training_step
+    wrapper: Any = training_step
+    wrapper.__wrapped__ = inspect.unwrap(step)
+    wrapper._lcnn_wrapper = True
+    return wrapper
 
 
-def _wrap_configure_callbacks(cls: type) -> None:
+def _wrap_configure_callbacks(cls: Any) -> None:
     """Users' ``configure_callbacks`` seldom call ``super()``."""
     own = cls.__dict__.get("configure_callbacks")
     if own is None:
@@ -167,7 +173,7 @@ def _wrap_configure_callbacks(cls: type) -> None:
     def configure_callbacks(self: LCNNMixin) -> Any:
         return _with_power_iteration(self, own(self))
 
-    cls.configure_callbacks = configure_callbacks  # type: ignore[attr-defined]
+    cls.configure_callbacks = configure_callbacks
 
 
 def _with_power_iteration(module: LCNNMixin, callbacks: Any) -> list[Any]:
@@ -176,6 +182,7 @@ def _with_power_iteration(module: LCNNMixin, callbacks: Any) -> list[Any]:
     This is the first hook of every run, so the penalties of the last run end here.
     """
     module._lcnn_penalties = None
+    callbacks = [] if callbacks is None else callbacks
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     trainer = getattr(module, "_trainer", None)
     present = [*callbacks, *getattr(trainer, "callbacks", [])]

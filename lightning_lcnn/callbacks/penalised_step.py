@@ -41,11 +41,14 @@ def sum_penalties(module: Any, penalties: Sequence[Penalty], inputs: Callable[[]
         value, its_parts = penalty.evaluate(module, *(inputs() if penalty.needs_batch else ()), step=step)
         total = value + total.to(value.device)
         parts.update(its_parts)
-    in_step = trainer is not None and module._current_fx_name == "training_step"
-    if in_step and trainer._logger_connector.should_update_logs:
+    if trainer is not None and module._current_fx_name == "training_step" and _logs_now(trainer):
         for key, part in parts.items():
             module.log(f"lcnn/{key}", part)
     return total
+
+
+def _logs_now(trainer: Any) -> bool:
+    return trainer._logger_connector.should_update_logs
 
 
 def as_penalties(penalties: Any) -> list[Penalty]:

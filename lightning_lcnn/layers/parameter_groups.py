@@ -106,7 +106,8 @@ def lcnn_parameter_groups(
     """
     check_non_negative("weight_decay", weight_decay)
     exempt = {id(parameter) for _, parameter in low_curvature_parameters(module)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
