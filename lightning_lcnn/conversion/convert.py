@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.conversion.decide import Decisions
 from lightning_lcnn.conversion.expand import Place, expand
-from lightning_lcnn.conversion.options import Options, check_input, check_model, checked_skip
+from lightning_lcnn.conversion.options import POOLING_KEPT, SKIPPED, Options, check_input, check_model, checked_skip
 from lightning_lcnn.conversion.record import Kink, record_run
 from lightning_lcnn.conversion.report import Change, ConversionReport, Kept
 from lightning_lcnn.conversion.tree import is_ours
@@ -156,7 +156,11 @@ def _remaining_kinks(
         if is_ours(owner):
             continue
         what = f"{kink.operation} at {kink.place()}"
-        reason = "in `skip`" if options.skips(kink.owner, owner) else _why_kink(kink, reasons)
+        reason = _why_kink(kink, reasons)
+        if "max_pool" in kink.operation and options.max_pool == "keep":
+            reason = POOLING_KEPT
+        if options.skips(kink.owner, owner):
+            reason = SKIPPED
         found[kink.owner, what] = Kept(kink.owner, what, reason, smooth=False)
     return list(found.values())
 
@@ -170,7 +174,7 @@ def _why_kink(kink: Kink, reasons: dict[Place, str]) -> str:
 
 
 def _warn(report: ConversionReport, options: Options) -> None:
-    asked_for = ("in `skip`", "max_pool='keep'")
+    asked_for = (SKIPPED, POOLING_KEPT)
     kinks = [f"{row.name} ({row.what}): {row.reason}" for row in report.kinks if row.reason not in asked_for]
     if kinks:
         more = f"\n  and {len(kinks) - 5} more" if len(kinks) > 5 else ""

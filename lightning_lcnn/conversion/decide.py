@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_lcnn.conversion import rules
-from lightning_lcnn.conversion.options import Options
+from lightning_lcnn.conversion.options import SKIPPED, Options
 from lightning_lcnn.conversion.record import Record
 from lightning_lcnn.conversion.report import Change, Kept
 from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
@@ -61,7 +61,7 @@ class Decisions:
 
     def _why_untouched(self, name: str, module: nn.Module) -> str:
         if self.options.skips(name, module):
-            return "in `skip`"
+            return SKIPPED
         if self.record.usage[name].calls == 0:
             return "the example input does not reach it in evaluation mode"
         if any(name.startswith(f"{path}.") for path in self._encoders):

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_choice, check_positive
 
 POOLINGS = ("keep", "smooth", "average")
+# reasons that the caller knows of
+SKIPPED = "in `skip`"
+POOLING_KEPT = "max_pool='keep'"
 
 
 @dataclass(frozen=True)

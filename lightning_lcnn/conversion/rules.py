@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lcnn.bounds.activations import CURVES, curve_of
-from lightning_lcnn.conversion.options import Options
+from lightning_lcnn.conversion.options import POOLING_KEPT, Options
 from lightning_lcnn.functional.batch_norm import batch_norm_slope
 from lightning_lcnn.layers import (
     CenteredSoftplus,
@@ -79,7 +79,7 @@ def bend_reason(module: nn.Module) -> str | None:
 def pooling(old: Any, options: Options) -> nn.Module | str:
     """Return what replaces a max pooling, or the reason why nothing does."""
     if options.max_pool == "keep":
-        return "max_pool='keep'"
+        return POOLING_KEPT
     if getattr(old, "return_indices", False) or getattr(old, "dilation", 1) not in (1, (1, 1), (1, 1, 1)):
         return "dilated, or asked for indices"
     if options.max_pool == "smooth":

@@ -60,7 +60,8 @@ class _Edit(ast.NodeTransformer):
         function, arguments = self._function_of(node)
         if function is None or not arguments:
             return node
-        module = _build(self.functions[function], arguments[1:], node.keywords)
+        keywords = [keyword for keyword in node.keywords if keyword.arg != "input"]
+        module = _build(self.functions[function], arguments[1:], keywords)
         if module is None:
             return node
         name = self._new_child(type(module).__name__.lower(), module)
@@ -85,7 +86,7 @@ class _Edit(ast.NodeTransformer):
             if is_method and not node.args and not node.keywords and not self._child_of(node.func):
                 return torch.relu, [node.func.value]  # type: ignore[attr-defined]
             return None, []
-        return function, list(node.args)
+        return function, [*(keyword.value for keyword in node.keywords if keyword.arg == "input"), *node.args]
 
     def _resolve(self, node: ast.expr) -> Any:
         names: list[str] = []
