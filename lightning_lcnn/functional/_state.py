@@ -61,7 +61,8 @@ def preserved_model_state(model: Any) -> Iterator[None]:
     try:
         for parameter in parameters:
             parameter.grad = None
-            parameter.requires_grad_(False)
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
         yield
     finally:
         for module, mode, kept in zip(modules, modes, hooks, strict=True):
@@ -69,7 +70,8 @@ def preserved_model_state(model: Any) -> Iterator[None]:
             for name, entries in kept.items():
                 _refill(getattr(module, name, None), entries)
         for parameter, (gradient, requires_grad) in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
@@ -94,16 +96,23 @@ def measuring(model: Any, x: Tensor, *, seed: int | None = None, autocast: bool 
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(x.device.type, enabled=mixed),
+        _inference_tensor_errors(),
         preserved_random_state(x.device, seed),
         preserved_model_state(model),
     ):
-        try:
-            yield
-        except RuntimeError as error:
-            if "nference tensor" not in str(error):
-                raise
-            raise RuntimeError(
-                "the model holds tensors made in inference mode, which cannot be differentiated (FSDP2 keeps such "
-                "buffers after its first forward in inference mode). Use Trainer(inference_mode=False), or "
-                "torch.no_grad() in place of torch.inference_mode()."
-            ) from error
+        yield
+
+
+@contextmanager
+def _inference_tensor_errors() -> Iterator[None]:
+    """Add the way out to torch's errors about tensors made in inference mode."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model holds tensors made in inference mode, which cannot be differentiated (FSDP2 keeps such "
+            "buffers after its first forward in inference mode). Use Trainer(inference_mode=False), or "
+            "torch.no_grad() in place of torch.inference_mode()."
+        ) from error

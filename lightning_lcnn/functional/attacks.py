@@ -75,7 +75,7 @@ def projected_gradient_attack(
             delta = delta * (radius / safe_norm(delta).clamp(min=radius)).view(column)
         return (x + delta).clamp(low, high)
 
-    best, best_margin = x.detach(), torch.full((len(x),), torch.inf, device=x.device)
+    best, best_margin = x.detach(), x.new_full((len(x),), torch.inf)
     point = x.detach()
     for remaining in range(num_steps, -1, -1):
         margin, gradient = value_and_input_gradient(function, point)

@@ -132,14 +132,12 @@ def _second_derivative_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signs = (
-            "double backward",
-            "differentiate twice",
-            "not implemented",
-            "orward AD",
-            "forward mode",
-            "setup_context",
-        )
+        if "storage of size 0" in str(error):
+            raise RuntimeError(
+                "the model's weights are sharded (FSDP2) and gone by the time a kept graph is differentiated; pass "
+                "hvp='forward_over_reverse' or hvp='finite_difference'."
+            ) from error
+        signs = ("double backward", "differentiate twice", "not implemented", "orward AD", "setup_context")
         if not any(sign in str(error) for sign in signs):
             raise
         raise RuntimeError(

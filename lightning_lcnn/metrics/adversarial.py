@@ -154,7 +154,9 @@ class AdversarialAccuracy(MeasuringMetric):
         if self.normalization is None:
             return None, None
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, std = (torch.tensor(values, device=x.device).view(shape) for values in self.normalization)
+        mean, std = (
+            torch.tensor(values, device=x.device, dtype=torch.float32).view(shape) for values in self.normalization
+        )
         if mean.shape[1] not in (1, x.shape[1]):
             raise ValueError(f"`normalization` has {mean.shape[1]} channels, the inputs have {x.shape[1]}.")
         return mean, std

@@ -185,13 +185,13 @@ def attack_examples(
     """
     alive, robust, attacked, distances = correct, [], [], []
     for radius in radii:
-        distance = torch.zeros(len(pixels), device=pixels.device)
+        distance = pixels.new_zeros(len(pixels))
         attacked.append(alive)
         rows = alive.nonzero().squeeze(1)
         if len(rows):
             adversarial = _run(network, attack, pixels[rows], target[rows], radius)
             _check_range(adversarial, bounds)
-            change = (adversarial - pixels[rows]).flatten(1).float()
+            change = (adversarial - pixels[rows]).flatten(1)
             distance[rows] = torch.linalg.vector_norm(change, NORMS[norm], dim=1)
             _check_budget(distance, radius, norm, refuse_over_budget)
             with torch.no_grad():
