@@ -1,5 +1,6 @@
 """Slope and curvature bounds of whole networks."""
 
+from lightning_lcnn.bounds.directions import DirectionBounds, MarginBounds, direction_bounds, margin_bounds
 from lightning_lcnn.bounds.graph import CurvatureGraph, Surrogate, trace
 from lightning_lcnn.bounds.module_rules import register_rule
 from lightning_lcnn.bounds.network import network_bound
@@ -8,10 +9,14 @@ from lightning_lcnn.bounds.result import LayerRow, NetworkBound
 
 __all__ = [
     "CurvatureGraph",
+    "DirectionBounds",
     "LayerBound",
     "LayerRow",
+    "MarginBounds",
     "NetworkBound",
     "Surrogate",
+    "direction_bounds",
+    "margin_bounds",
     "network_bound",
     "register_rule",
     "trace",

@@ -72,6 +72,11 @@ class Call:
     training: bool
 
     @property
+    def name(self) -> str:
+        """Name of the function or method."""
+        return self.function if isinstance(self.function, str) else self.function.__name__
+
+    @property
     def signals(self) -> list[int]:
         """Steps that the call reads, in order, repeated where repeated."""
         return _signals((self.args, tuple(self.kwargs.values())))
@@ -111,7 +116,10 @@ def _fill(value: Any, x: Tensor) -> Any:
 def _shift_or_sum(call: Call) -> Piece:
     if evaluate(call.kwargs.get("alpha", 1)) != 1:
         raise ValueError("`alpha` other than 1 is not supported; multiply first")
-    return Sum() if len(call.signals) > 1 else Scale(partial(float, 1.0))
+    sign = -1.0 if call.name in ("sub", "sub_", "isub") else 1.0
+    if len(call.signals) > 1:
+        return Sum((1.0, sign))
+    return Scale(partial(float, 1.0 if isinstance(call.args[0], Signal) else sign))  # copies where it broadcasts
 
 
 def _product(call: Call) -> Piece:
@@ -154,8 +162,7 @@ def _dropout(call: Call) -> Piece:
 
 
 def _reshaping(call: Call) -> Piece:
-    name = call.function if isinstance(call.function, str) else call.function.__name__
-    if name == "flatten" and call.bind("start_dim", "end_dim", start_dim=0)["start_dim"] == 0:
+    if call.name == "flatten" and call.bind("start_dim", "end_dim", start_dim=0)["start_dim"] == 0:
         raise ValueError("flatten(start_dim=0) merges the examples of a batch; use start_dim=1")
     return Rearrange(reshape)
 

@@ -31,6 +31,21 @@ class MeasuredNetwork:
         size = math.prod(self.shapes[i])
         return tuple(math.sqrt(size / math.prod(self.shapes[j])) for j in self.steps[i].inputs)
 
+    def folded(self) -> MeasuredNetwork:
+        """The same network with every batch norm that follows a layer of its own merged into it.
+
+        The batch norm's step becomes the merged layer and reads what the layer read; the layer's step is left unread.
+        """
+        steps, bounds = list(self.steps), list(self.bounds)
+        for i, step in enumerate(self.steps):
+            pair = _foldable(self, i)
+            if pair is not None:
+                source, layer, scale = pair
+                piece = Weight(_merged(layer, scale).clone, layer.geometry)
+                steps[i] = replace(step, piece=piece, inputs=self.steps[source].inputs)
+                bounds[i] = LayerBound(float(bounds[source].slope) * float(bounds[i].slope))
+        return replace(self, steps=tuple(steps), bounds=tuple(bounds))
+
 
 def measure(model: nn.Module, example_input: Tensor) -> MeasuredNetwork:
     """Trace the model, run the example for the shapes and certify every step in float64.
@@ -75,20 +90,35 @@ def _certified(network: MeasuredNetwork) -> tuple[LayerBound, ...]:
             bound = step.piece.certify(network.input_shape(i), network.shapes[i])
         except ValueError as error:
             raise ValueError(f"`model` has no bound at '{step.name}' ({step.kind}): {error}") from error
-        if isinstance(step.piece, Diagonal):
-            bound = _folded(network, i, bounds, bound)
-        bounds.append(bound)
+        bounds.append(_folded(network, i, bounds, bound))
     return tuple(bounds)
 
 
 def _folded(network: MeasuredNetwork, i: int, bounds: list[LayerBound], alone: LayerBound) -> LayerBound:
     """Batch norm behind a layer that nothing else reads: the norm of both as one, over that of the layer."""
-    (source,) = network.steps[i].inputs
-    norm, layer = network.steps[i].piece, network.steps[source].piece
-    shared = sum(source in step.inputs for step in network.steps) > 1
-    before = float(bounds[source].slope)
-    if not (isinstance(norm, Diagonal) and isinstance(layer, Weight)) or shared or before == 0:
+    pair = _foldable(network, i)
+    if pair is None:
         return alone
-    weight, scale = layer.exact_tensor(), norm.exact_scale()
-    folded = layer.norm(weight * scale.view(-1, *[1] * (weight.dim() - 1)), network.input_shape(source))
-    return LayerBound(min(float(alone.slope), folded / before))
+    source, layer, scale = pair
+    before = float(bounds[source].slope)
+    folded = layer.norm(_merged(layer, scale), network.input_shape(source))
+    return LayerBound(min(float(alone.slope), folded / before) if before else 0.0)
+
+
+def _foldable(network: MeasuredNetwork, i: int) -> tuple[int, Weight, Tensor] | None:
+    """For a batch norm the layer before it, if nothing else reads that: its step, piece, and the norm's scale."""
+    norm = network.steps[i].piece
+    if not isinstance(norm, Diagonal):
+        return None
+    (source,) = network.steps[i].inputs
+    layer = network.steps[source].piece
+    if not isinstance(layer, Weight) or sum(source in step.inputs for step in network.steps) > 1:
+        return None
+    if layer.geometry is None and len(network.shapes[i]) > 2:  # a linear layer's outputs are no channels here
+        return None
+    return source, layer, norm.exact_scale()
+
+
+def _merged(layer: Weight, scale: Tensor) -> Tensor:
+    weight = layer.exact_tensor()
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice
+from lightning_lcnn.bounds.backward import Gradient, any_direction, backward_pass, direction
+from lightning_lcnn.bounds.forward import forward_pass
 from lightning_lcnn.bounds.graph import shares
 from lightning_lcnn.bounds.measured import MeasuredNetwork, measure
-from lightning_lcnn.bounds.pieces import Concat, Sum
+from lightning_lcnn.bounds.pieces import Concat, Shape, Sum
 from lightning_lcnn.bounds.recursion import Leaf, Node, Recursion
 from lightning_lcnn.bounds.result import LayerRow, NetworkBound
 
 INFLATION = 1 + 1e-6  # covers rounding: these recursions err by less than 1e-9 in float64
+_MAX_OUTPUTS = 128
 
 
 def network_bound(model: nn.Module, example_input: Tensor, method: str = "fast") -> NetworkBound:
@@ -52,7 +57,8 @@ def network_bound(model: nn.Module, example_input: Tensor, method: str = "fast")
     """
     check_choice("method", method, ("fast", "tight"))
     network = measure(model, example_input)
-    return fast_bound(network)
+    fast = fast_bound(network)
+    return fast if method == "fast" else tight_bound(network, fast)
 
 
 def fast_bound(network: MeasuredNetwork) -> NetworkBound:
@@ -61,26 +67,58 @@ def fast_bound(network: MeasuredNetwork) -> NetworkBound:
     recursion = Recursion(_nodes(network), len(slopes), compress=False)
     segments, contributions = recursion.contributions(slopes, bends)
     log_slope, log_curvature = recursion.run(segments, contributions)
-    share = dict(zip(recursion.occurrences, shares(recursion, segments, contributions).tolist(), strict=True))
+    share = shares(recursion, segments, contributions).tolist()
     jumps = any(math.isinf(float(bound.slope)) for bound in network.bounds)
-    kinks = [i for i, bound in enumerate(network.bounds) if math.isinf(float(bound.curvature))]
     total = _exp(log_curvature[-1]) * INFLATION
+    own = {i: s * total for i, s in zip(recursion.occurrences, share, strict=True)}
+    own |= {i: math.inf for i, bound in enumerate(network.bounds) if math.isinf(float(bound.curvature))}
+    cumulative = [_exp(value) * INFLATION for value in log_slope]
+    slope = math.inf if jumps else cumulative[-1]
+    curvature = math.inf if jumps or math.inf in own.values() else total
+    return NetworkBound(slope, curvature, _rows(network, cumulative, own), "fast")
+
+
+def tight_bound(network: MeasuredNetwork, fast: NetworkBound) -> NetworkBound:
+    """The smaller of the fast bound and the tight method's; the table shows the one that wins."""
+    if math.isinf(fast.slope):
+        return replace(fast, method="tight")
+    folded = network.folded()
+    forward = forward_pass(folded)
+    result = backward_pass(folded, forward, _heads(network.shapes[-1][1:]))
+    slope = min(fast.slope, _over_directions(result.slope), forward.slopes[-1] * INFLATION)
+    own = {i: _over_directions(value) for i, value in result.contributions.items()}
+    if not sum(own.values()) < fast.curvature:
+        return replace(fast, slope=slope, method="tight")
+    rows = _rows(network, [value * INFLATION for value in forward.slopes], own)
+    return NetworkBound(slope, sum(own.values()), rows, "tight")
+
+
+def _heads(shape: Shape) -> Gradient:
+    """All unit directions as one head, then every output for itself, as long as they are few."""
+    together, outputs = any_direction(shape), math.prod(shape)
+    if outputs > _MAX_OUTPUTS:
+        return together
+    return together.joined(direction(torch.eye(outputs, dtype=torch.float64).view(outputs, *shape)))
+
+
+def _over_directions(values: Tensor) -> float:
+    """The bound over unit directions from those of :func:`_heads`: the first, or the others' root-sum-square."""
+    single = float(torch.linalg.vector_norm(values[1:])) if len(values) > 1 else math.inf
+    return min(float(values[0]), single) * INFLATION
+
+
+def _rows(network: MeasuredNetwork, cumulative: Sequence[float], own: dict[int, float]) -> tuple[LayerRow, ...]:
+    """The table, without the steps that change nothing; infinite contributions share the total equally."""
+    total = sum(own.values())
+    kinks = sum(math.isinf(value) for value in own.values())
     rows = []
     for i, (step, bound) in enumerate(zip(network.steps, network.bounds, strict=True)):
-        own = share.get(i, 0.0)
-        rows.append(
-            LayerRow(
-                name=step.name,
-                kind=step.kind,
-                slope=float(bound.slope),
-                cumulative_slope=_exp(log_slope[i]) * INFLATION,
-                curvature=math.inf if i in kinks else own * total if own else 0.0,
-                share=own if not kinks else (1 / len(kinks) if i in kinks else 0.0),
-                reason=bound.reason,
-            )
-        )
-    slope = math.inf if jumps else rows[-1].cumulative_slope
-    return NetworkBound(slope, math.inf if kinks or jumps else total, _shown(rows), "fast")
+        value = own.get(i, 0.0)
+        share = float(math.isinf(value)) / kinks if kinks else value / total if value else 0.0
+        slope = float(bound.slope)
+        if slope != 1 or value or isinstance(step.piece, Sum | Concat):
+            rows.append(LayerRow(step.name, step.kind, slope, cumulative[i], value, share, bound.reason))
+    return tuple(rows)
 
 
 def _leaves(network: MeasuredNetwork) -> tuple[Tensor, Tensor]:
@@ -118,8 +156,3 @@ def _log(value: float) -> float:
 
 def _exp(value: Tensor) -> float:
     return math.exp(float(value)) if float(value) < 709 else math.inf
-
-
-def _shown(rows: list[LayerRow]) -> tuple[LayerRow, ...]:
-    """Without the steps that change nothing."""
-    return tuple(row for row in rows if row.slope != 1 or row.curvature or row.kind in ("add", "sub", "cat"))

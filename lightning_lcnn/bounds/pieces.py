@@ -64,8 +64,11 @@ class Piece:
         return LayerBound(1.0)
 
 
+@dataclass(frozen=True)
 class Sum(Piece):
-    """x₁ ± x₂ ± …: slopes and curvatures add."""
+    """x₁ ± x₂: slopes and curvatures add."""
+
+    signs: tuple[float, ...]
 
 
 @dataclass(frozen=True)

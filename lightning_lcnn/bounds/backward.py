@@ -1,0 +1,219 @@
+"""Backward half of the tight method: intervals of the gradient, and the curvature of every activation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_lcnn.bounds.forward import Forward, concat_dim, is_whole, magnitude, per_channel
+from lightning_lcnn.bounds.linear_maps import LinearMap, plain
+from lightning_lcnn.bounds.measured import MeasuredNetwork
+from lightning_lcnn.bounds.pieces import Activation, Concat, Shape, Sum, Weight
+
+_DENSE_ENTRIES = 2**20  # largest layer, and
+_DENSE_SIDE = 512  # largest Gram matrix, for which λ_max(Wᵀ diag(c) W) is computed
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Bounds of ∂h/∂(output of a step) for H directions."""
+
+    low: Tensor  # (H, *shape)
+    high: Tensor  # (H, *shape)
+    norm: Tensor  # (H,), Euclidean
+
+    def __add__(self, other: Gradient) -> Gradient:
+        return Gradient(self.low + other.low, self.high + other.high, self.norm + other.norm)
+
+    def joined(self, other: Gradient) -> Gradient:
+        """The heads of both."""
+        pairs = zip((self.low, self.high, self.norm), (other.low, other.high, other.norm), strict=True)
+        return Gradient(*(torch.cat(pair) for pair in pairs))
+
+    def tightened(self) -> Gradient:
+        """Intersection of what the intervals and the norm say."""
+        widest = torch.maximum(self.low.abs(), self.high.abs()).flatten(1)
+        norm = torch.minimum(self.norm, torch.linalg.vector_norm(widest, dim=1))
+        limit = _heads(norm, self.low)
+        return Gradient(torch.maximum(self.low, -limit), torch.minimum(self.high, limit), norm)
+
+    def within(self, limit: Tensor) -> Gradient:
+        """Intersection with [-limit, limit]."""
+        return Gradient(torch.maximum(self.low, -limit), torch.minimum(self.high, limit), self.norm)
+
+
+def direction(weights: Tensor) -> Gradient:
+    """The output directions given by ``weights`` of shape (H, *output shape)."""
+    return Gradient(weights, weights, torch.linalg.vector_norm(weights.flatten(1), dim=1))
+
+
+def any_direction(shape: tuple[int, ...]) -> Gradient:
+    """All unit output directions at once, as one head."""
+    ones = torch.ones(1, *shape, dtype=torch.float64)
+    return Gradient(-ones, ones, torch.ones(1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class BackwardBounds:
+    """Bounds for H output directions h = wᵀg."""
+
+    slope: Tensor  # (H,): sup ‖∇h‖₂
+    positive: Tensor  # (H,): sup λ_max(∇²h), at least 0
+    negative: Tensor  # (H,): sup λ_max(-∇²h), at least 0
+    contributions: dict[int, Tensor]  # for every step with curvature what it adds, the larger of both signs
+
+
+def backward_pass(network: MeasuredNetwork, forward: Forward, output: Gradient) -> BackwardBounds:
+    """Propagate ``output`` to the input and bound the curvature on the way."""
+    gradients: dict[int, Gradient] = {len(network.steps) - 1: output}
+    positive, negative = torch.zeros_like(output.norm), torch.zeros_like(output.norm)
+    contributions = {}
+    for i in range(len(network.steps) - 1, 0, -1):
+        if i not in gradients:
+            continue
+        gradient = gradients.pop(i).tightened()
+        if float(network.bounds[i].curvature) > 0:
+            plus, minus = _curvature(network, forward, i, gradient)
+            positive, negative = positive + plus, negative + minus
+            contributions[i] = torch.maximum(plus, minus)
+        for source, part in zip(network.steps[i].inputs, _pull_back(network, forward, i, gradient), strict=True):
+            gradients[source] = gradients[source] + part if source in gradients else part
+    return BackwardBounds(gradients[0].tightened().norm, positive, negative, contributions)
+
+
+def _pull_back(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gradient) -> list[Gradient]:
+    """Gradients with respect to the inputs of step ``i``, in order."""
+    step, slope = network.steps[i], float(network.bounds[i].slope)
+    map_ = forward.maps[i]
+    if isinstance(step.piece, Sum):
+        parts = zip(step.inputs, network.copies(i), step.piece.signs, strict=True)
+        return [_broadcast_back(gradient, network.shapes[j][1:], factor, sign) for j, factor, sign in parts]
+    if isinstance(step.piece, Concat):
+        return _split(network, i, gradient)
+    if map_ is not None:
+        return [_linear_back(map_, gradient, slope)]
+    if isinstance(step.piece, Activation):
+        return [_activation_back(step.piece, gradient, slope)]
+    return [_anything(gradient.norm * slope, network.input_shape(i))]
+
+
+def _anything(norm: Tensor, shape: Shape) -> Gradient:
+    """Every gradient of at most this norm."""
+    wide = norm.view(-1, *[1] * (len(shape) - 1)).expand(-1, *shape[1:])
+    return Gradient(-wide, wide, norm)
+
+
+def _linear_back(map_: LinearMap, gradient: Gradient, slope: float) -> Gradient:
+    middle = map_.adjoint((gradient.high + gradient.low) / 2, plain)
+    radius = map_.adjoint((gradient.high - gradient.low) / 2, torch.abs)
+    limit = map_.column_norms * _heads(gradient.norm, middle)
+    return Gradient(middle - radius, middle + radius, gradient.norm * slope).within(limit)
+
+
+def _activation_back(piece: Activation, gradient: Gradient, slope: float) -> Gradient:
+    low, high = (per_channel(_as_tensor(end), gradient.low[0]) for end in piece.read().slope)
+    products = torch.stack([gradient.low * low, gradient.low * high, gradient.high * low, gradient.high * high])
+    return Gradient(products.amin(0), products.amax(0), gradient.norm * slope)
+
+
+def _broadcast_back(gradient: Gradient, shape: Shape, factor: float, sign: float) -> Gradient:
+    low, high = (end.sum_to_size(len(end), *shape) * sign for end in (gradient.low, gradient.high))
+    return Gradient(low, high, gradient.norm * factor) if sign > 0 else Gradient(high, low, gradient.norm * factor)
+
+
+def _split(network: MeasuredNetwork, i: int, gradient: Gradient) -> list[Gradient]:
+    shapes = [network.shapes[j] for j in network.steps[i].inputs]
+    if not is_whole(network, i):
+        return [_anything(gradient.norm, shape) for shape in shapes]
+    dim = concat_dim(network, i)
+    sizes = [shape[dim] for shape in shapes]
+    ends = zip(gradient.low.split(sizes, dim), gradient.high.split(sizes, dim), strict=True)
+    return [Gradient(low, high, gradient.norm) for low, high in ends]
+
+
+def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gradient) -> tuple[Tensor, Tensor]:
+    """Bounds on λ_max of ± the term of step ``i`` in the Hessian, each (H,)."""
+    step, curvature = network.steps[i], float(network.bounds[i].curvature)
+    (source,) = step.inputs
+    if math.isinf(curvature):
+        return torch.full_like(gradient.norm, math.inf), torch.full_like(gradient.norm, math.inf)
+    if not isinstance(step.piece, Activation):
+        both = gradient.norm * curvature * forward.slopes[source] ** 2
+        return both, both
+    low, high = (per_channel(_as_tensor(end), gradient.low[0]) for end in step.piece.read().bend)
+    products = torch.stack([gradient.low * low, gradient.low * high, gradient.high * low, gradient.high * high])
+    plus, minus = products.amax(0).clamp_min(0), (-products).amax(0).clamp_min(0)
+    bend = per_channel(magnitude(step.piece.read().bend), gradient.low[0])
+    whole = gradient.norm * _curvature_as_vector(forward, source, bend)
+    terms = (_largest_eigenvalue(network, forward, source, c) for c in (plus, minus))
+    plus, minus = (torch.minimum(term, whole) for term in terms)
+    return plus, minus
+
+
+def _curvature_as_vector(forward: Forward, source: int, bend: Tensor) -> Tensor:
+    """Bound on ‖s'' ⊙ (Ju) ⊙ (Ju)‖₂ over unit u, shape (1,): of Σ_k (b_k r_k)² t_k, where t = (Ju)² as in knapsack."""
+    rows = forward.rows[source]
+    return knapsack((bend * rows).square().view(1, -1), rows.flatten(), forward.slopes[source]).sqrt()
+
+
+def _largest_eigenvalue(network: MeasuredNetwork, forward: Forward, source: int, c: Tensor) -> Tensor:
+    """Bound on λ_max(Jᵀ diag(c) J) for the Jacobian J of step ``source``; c is (H, *shape), the result (H,)."""
+    bound = knapsack(c.flatten(1), forward.rows[source].flatten(), forward.slopes[source])
+    step, map_ = network.steps[source], forward.maps[source]
+    if not (isinstance(step.piece, Weight) and map_ is not None):
+        return bound
+    before = forward.slopes[step.inputs[0]] ** 2
+    return torch.minimum(bound, before * _weighted_norms(network, source, map_, c))
+
+
+def knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
+    r"""Bound on :math:`\sup_v \sum_k c_k (Jv)_k^2` over unit v from |(Jv)_k| ≤ r_k and ‖Jv‖ ≤ L.
+
+    The best t = (Jv)² with t_k ≤ r_k² and Σ t_k ≤ L² fills the largest c first. At most each of max(c) L², Σ c_k r_k²
+    and ‖c ⊙ r‖ L.
+
+    Args:
+        c: non-negative weights, shape (H, n).
+        rows: row norms r, shape (n,).
+        slope: L.
+
+    Returns:
+        The bounds, shape (H,).
+
+    Source:
+        Ours.
+
+    Example:
+        >>> knapsack(torch.tensor([[3.0, 1.0]]), torch.tensor([1.0, 2.0]), slope=1.5)
+        tensor([4.2500])
+    """
+    c, order = c.sort(dim=1, descending=True)
+    room = rows.square()[order]
+    used = torch.minimum((slope**2 - (room.cumsum(1) - room)).clamp_min(0), room)
+    return (c * used).sum(1)
+
+
+def _weighted_norms(network: MeasuredNetwork, i: int, map_: LinearMap, c: Tensor) -> Tensor:
+    """λ_max(Wᵀ diag(c) W) for each head, infinite where the layer is too large."""
+    outputs, inputs = math.prod(network.shapes[i]), math.prod(network.input_shape(i))
+    if outputs * inputs <= _DENSE_ENTRIES and min(outputs, inputs) <= _DENSE_SIDE:
+        matrix = map_.matrix()
+        return torch.stack([_squared_norm(head.flatten().sqrt()[:, None] * matrix) for head in c])
+    return torch.full_like(c.flatten(1)[:, 0], math.inf)
+
+
+def _squared_norm(matrix: Tensor) -> Tensor:
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram)[-1].clamp_min(0)
+
+
+def _as_tensor(end: float | Tensor) -> Tensor:
+    return torch.as_tensor(end).detach().cpu().double()
+
+
+def _heads(values: Tensor, like: Tensor) -> Tensor:
+    """Values of shape (H,) against a tensor (H, …)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
