@@ -111,7 +111,7 @@ def test_in_fit_and_in_standalone_validation_and_test(package, tmp_path):
         for name, value in alone.items():
             assert value == pytest.approx(in_fit[name].item(), rel=1e-5), name
     runner.fit_loop.max_epochs = 2
-    runner.fit(model, loader, loader)  # states filled in inference mode do not get in the way of training
+    runner.fit(model.train(), loader, loader)  # states filled in inference mode do not get in the way of training
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -123,8 +123,7 @@ def test_low_precision(precision, tmp_path):
     in_fit = dict(runner.callback_metrics)
     exact = normalized_curvature(model.float().eval(), *data().tensors).values.mean()
     # mixed precision is switched off while measuring; bfloat16 weights and activations keep 8 bits
-    torch.testing.assert_close(
-        in_fit["curvature"].float(), exact, rtol=1e-5 if precision == "bf16-mixed" else 0.1, atol=0
-    )
+    tolerance = 1e-5 if precision == "bf16-mixed" else 0.1
+    torch.testing.assert_close(in_fit["curvature"].float(), exact, rtol=tolerance, atol=0)
     assert model.loss_curvature.num_examples.dtype == torch.int64
     assert model.loss_curvature.value_sum.dtype == torch.float32
