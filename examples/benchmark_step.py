@@ -1,0 +1,186 @@
+"""Time and memory of one training step: forward, loss, penalty, backward, SGD, spectral maintenance.
+
+    python examples/benchmark_step.py [--size WIDTH:BATCH ...] [--compile] [--device cuda --bf16] ...
+
+Compares ResNet-18 with ReLU with its low-curvature form, with torch's own spectral normalisation on every convolution,
+and with deel-torchlip's convolutions where that package is installed. Prints a Markdown table; ratios are medians over
+the rounds of the ratio to the plain network in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from benchmarking import interleaved_seconds, machine, peak_memory, ratio, resident_memory, table
+from torch import Tensor, nn
+
+from lightning_lcnn import lcnn_parameter_groups
+from lightning_lcnn.layers import update_spectral_norm
+from lightning_lcnn.models import resnet18
+from lightning_lcnn.penalties import CurvaturePenalty
+
+PLAIN = "ReLU"
+
+
+@dataclass
+class Variant:
+    """One network with what its training step does."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    images: Tensor
+    labels: Tensor
+    bf16: bool = False
+    maintained: bool = False  # whether the spectral norms are refreshed by hand
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.network, self.images, self.labels)
+        loss.backward()
+        self.optimizer.step()
+
+    def maintain(self) -> None:
+        """Refresh the spectral norms."""
+        update_spectral_norm(self.network)
+
+
+def cross_entropy(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss of the plain network."""
+    return F.cross_entropy(network(images), labels)
+
+
+class PenalisedLoss:
+    """Cross-entropy, the curvature penalty and optionally the squared norm of the input gradients."""
+
+    def __init__(self, network: nn.Module, gradient_weight: float = 0.0) -> None:
+        self.network, self.gradient_weight = network, gradient_weight  # uncompiled: the penalty reads its layers
+        self.penalty = CurvaturePenalty(weight=1e-2)
+
+    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Loss of one batch."""
+        images = images.detach().requires_grad_(self.gradient_weight > 0)
+        losses = F.cross_entropy(network(images), labels, reduction="none")
+        total = losses.mean() + self.penalty(self.network)
+        if self.gradient_weight:
+            (gradient,) = torch.autograd.grad(losses.sum(), images, create_graph=True)
+            total = total + self.gradient_weight * gradient.square().sum() / len(images)
+        return total
+
+
+def normalised_by_torch(network: nn.Module) -> nn.Module:
+    """Give every convolution torch's spectral normalisation, one iteration in each forward."""
+    for module in list(network.modules()):
+        if isinstance(module, nn.Conv2d):
+            torch.nn.utils.parametrizations.spectral_norm(module)
+    return network
+
+
+def normalised_by_torchlip(network: nn.Module) -> nn.Module:
+    """Replace every convolution by deel-torchlip's spectral one, without its Björck orthogonalisation."""
+    from deel import torchlip
+
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                sizes = child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding
+                setattr(module, name, torchlip.SpectralConv2d(*sizes, bias=False, eps_bjorck=None))
+    return network
+
+
+def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Variant]:
+    """All variants of one size, with equal data."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, device=options.device)
+    labels = torch.randint(0, 10, (batch,), device=options.device)
+    if options.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+
+    def variant(network: nn.Module, loss: Callable | None = None, maintained: bool = False) -> Variant:
+        network.to(options.device)
+        if options.channels_last:
+            network.to(memory_format=torch.channels_last)
+        groups = lcnn_parameter_groups(network, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
+        called = torch.compile(network) if options.compile else network
+        result = Variant(called, optimizer, loss or cross_entropy, images, labels, options.bf16, maintained)
+        return result
+
+    network = resnet18(10, width, low_curvature=True)
+    variants = {PLAIN: variant(resnet18(10, width))}
+    variants["low curvature"] = variant(network, PenalisedLoss(network), True)
+    if not options.compile:  # torch.compile has no double backward
+        network = resnet18(10, width, low_curvature=True)
+        variants["low curvature, gradient norm"] = variant(network, PenalisedLoss(network, 1e-3), True)
+    variants["torch spectral_norm"] = variant(normalised_by_torch(resnet18(10, width)))
+    if importlib.util.find_spec("deel") and not options.compile:
+        variants["deel-torchlip"] = variant(normalised_by_torchlip(resnet18(10, width)))
+    return {name: v for name, v in variants.items() if name == PLAIN or options.only in name}
+
+
+def measure(options: argparse.Namespace, width: int, batch: int) -> str:
+    """Table of one size."""
+    variants = build(options, width, batch)
+    tasks: dict[str, Callable[[], None]] = {name: v.step for name, v in variants.items()}
+    refreshed = {f"{name}, refresh": v for name, v in variants.items() if v.maintained}
+    tasks |= {name: v.maintain for name, v in refreshed.items()}
+    seconds = interleaved_seconds(tasks, options.rounds, options.device)
+    for name, v in variants.items():
+        if v.maintained:
+            refresh = seconds[f"{name}, refresh"]
+            seconds[name] = [s + r / options.every_n_steps for s, r in zip(seconds[name], refresh, strict=True)]
+    memory = {}
+    for name, v in variants.items():
+        v.optimizer.zero_grad()
+        resident = resident_memory([v.network], [v.optimizer])
+        memory[name] = resident + peak_memory(v.step, options.device)
+    rows = [("", "ms", "time ratio", "of it maintenance", "peak MB", "memory ratio")]
+    for name, v in variants.items():
+        share = "-"
+        if v.maintained:
+            refresh = median(seconds[f"{name}, refresh"]) / options.every_n_steps
+            share = f"{100 * refresh / median(seconds[name]):.1f} %"
+        rows.append(
+            (
+                name,
+                f"{1e3 * median(seconds[name]):.0f}",
+                f"{ratio(seconds, name, PLAIN):.2f}",
+                share,
+                f"{memory[name] / 2**20:.0f}",
+                f"{memory[name] / memory[PLAIN]:.2f}",
+            )
+        )
+    return table(rows)
+
+
+def main() -> None:
+    """Parse the command line and print one table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", default=["16:128", "64:32"], metavar="WIDTH:BATCH")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--every-n-steps", type=int, default=10, help="steps between two spectral refreshes")
+    parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="compile every network")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine(options.device))
+    for size in options.size:
+        width, batch = map(int, size.split(":"))
+        print(f"\nResNet-18 of width {width}, 32×32 images, batch {batch}\n")
+        print(measure(options, width, batch), flush=True)
+
+
+if __name__ == "__main__":
+    main()
