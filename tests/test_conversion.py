@@ -17,6 +17,7 @@ from lightning_lcnn.layers import (
     LipschitzBatchNorm1d,
     LipschitzBatchNorm2d,
     LipschitzBatchNorm3d,
+    LogMeanExpPool2d,
     SpectralConv1d,
     SpectralConv2d,
     SpectralConv3d,
@@ -174,7 +175,7 @@ def test_activations():
 
 def test_kinks_without_counterpart_are_warned_of():
     net = nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.Hardswish())
-    with pytest.warns(UserWarning, match=r"left 2 operations with kinks.*\n  1 \(PReLU\).*\n  2 \(Hardswish\)"):
+    with pytest.warns(UserWarning, match=r"left 2 operation.s. with kinks.*\n  1 \(PReLU\).*\n  2 \(Hardswish\)"):
         _, report = to_low_curvature(net, torch.randn(2, 3), return_report=True)
     assert [row.name for row in report.kinks] == ["1", "2"]
     to_low_curvature(net, torch.randn(2, 3), skip=[nn.PReLU, "2"])  # asked for: no warning
@@ -189,6 +190,15 @@ def test_max_pooling():
     average = to_low_curvature(net, x, max_pool="average")
     torch.testing.assert_close(average[2](x), nn.AvgPool2d(2)(x))
     assert network_bound(average.float().eval(), x.float()[:1]).curvature < float("inf")
+    for pool in (nn.MaxPool2d(2), nn.MaxPool2d((3, 2), 2, 1)):
+        smooth, _ = convert(nn.Sequential(pool), x, max_pool="smooth")
+        assert type(smooth[0]) is LogMeanExpPool2d
+        assert smooth[0].temperature == 1 / BETA
+    net = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2))
+    with pytest.warns(UserWarning, match="left 2 operation.s. with kinks"):
+        _, report = to_low_curvature(net, x, max_pool="smooth", return_report=True)
+    assert reasons(report)["1"].endswith("use max_pool='average'")
+    assert reasons(report)["2"] == "dilated, or asked for indices"
     others = [nn.MaxPool1d(3, 2, 1), nn.MaxPool3d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2)]
     for pool, shape in zip(others, [(2, 9), (2, 5, 5, 5), (2, 7, 7)], strict=True):
         smooth = to_low_curvature(nn.Sequential(nn.ReLU(), pool), torch.ones(1, *shape), max_pool="average")
@@ -330,7 +340,8 @@ def test_skip_and_spectral():
     assert kinds(converted[1]) == ["SpectralConv2d", "BatchNorm2d", "CenteredSoftplus"]
     assert notes(report)["1.0"].startswith("gain")
     assert reasons(report)["0.0"] == reasons(report)["1.1"] == "in `skip`"
-    converted, _ = convert(net, x, spectral=False)
+    converted, report = convert(net, x, spectral=False)
+    assert reasons(report)["0.0"] == "spectral=False"
     assert kinds(converted[0]) == ["Conv2d", "LipschitzBatchNorm2d", "CenteredSoftplus"]
 
 

@@ -16,7 +16,7 @@ from lightning_lcnn.bounds import network_bound
 from lightning_lcnn.conversion import to_low_curvature
 from lightning_lcnn.layers import CenteredSoftplus, PiecewiseSoftplus
 
-X = torch.randn(3, 4)
+X = 3 * torch.randn(50, 4)  # so many that every ReLU has something to cut off
 SCALE = 2.0
 
 
@@ -62,6 +62,11 @@ class ControlFlow(Base):
         return F.dropout(x, 0.0, training=self.training)
 
 
+class PositionalOnly(Base):
+    def between(this, x, /):  # noqa: N805
+        return F.relu(x)
+
+
 class Inherited(Function):
     def between(self, x):
         return super().between(x) + F.relu(x - 1)
@@ -90,6 +95,7 @@ REPLACED = [
     (MethodOfTensor, 2),
     (WithArguments, 4),
     (ControlFlow, 1),
+    (PositionalOnly, 1),
     (Inherited, 1),
     (Attribute, 1),
     (Comprehension, 1),
@@ -154,6 +160,12 @@ def test_one_class_for_all_equal_modules():
 def test_the_bounds_see_the_new_modules():
     assert network_bound(Function().eval(), X[:1]).curvature == float("inf")
     assert network_bound(to_low_curvature(Function(), X).eval(), X[:1]).curvature < float("inf")
+
+
+def test_the_result_compiles():
+    converted = to_low_curvature(ControlFlow(), X).eval().requires_grad_(False)
+    compiled = torch.compile(converted.between, backend="eager")
+    torch.testing.assert_close(compiled(X), converted.between(X))
 
 
 class Classifier(lightning.LightningModule):
@@ -222,6 +234,15 @@ class Other(Base):
         return x.abs() + torch.maximum(x, 2 * x)
 
 
+class OwnParameter(Base):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def between(self, x):
+        return helper(x * self.scale)
+
+
 class GivesUp(Base):
     """Its own class matters to it, so a rewritten one computes something else."""
 
@@ -233,6 +254,7 @@ class GivesUp(Base):
     ("cls", "reason"),
     [
         (Helper, "functional call in `helper`, which is no method"),
+        (OwnParameter, "functional call in `helper`, which is no method"),
         (Dynamic, "functional call without a counterpart"),
         (Decorated, "`between` is decorated"),
         (Private, "`between` uses private names"),
@@ -243,7 +265,7 @@ class GivesUp(Base):
 )
 def test_calls_that_stay_are_reported(cls, reason):
     model = cls()
-    with pytest.warns(UserWarning, match="operations with kinks"):
+    with pytest.warns(UserWarning, match="with kinks"):
         converted, report = to_low_curvature(model, X, return_report=True)
     row = report.kinks[0]
     assert reason in row.reason

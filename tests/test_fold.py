@@ -107,6 +107,22 @@ def test_a_plain_batch_norm_behind_a_plain_convolution_fuses_too():
     torch.testing.assert_close(folded(x), net(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_norm_over_another_dimension_stays():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = SpectralLinear(4, 5), LipschitzBatchNorm1d(5)
+
+        def forward(self, x):
+            return self.norm(self.fc(x))  # (N, 5, 5): the norm's channels are the tokens
+
+    x = torch.randn(3, 5, 4)
+    model = trained(Tokens(), x.shape)
+    folded = fold(model, x, batch_norm="fuse")
+    assert leaves(folded) == ["Linear", "BatchNorm1d"]
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_norm_that_does_not_get_all_stays():
     class Branch(nn.Module):
         def __init__(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralConv2d
+from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, LogMeanExpPool2d, SpectralConv2d
 from lightning_lcnn.models import resnet18, resnet34, vgg11
 
 BUILDERS = [resnet18, resnet34, vgg11]
@@ -136,6 +136,8 @@ def test_vgg_pooling():
     assert count(vgg11(width=2), nn.MaxPool2d) == 5
     assert count(vgg11(width=2, low_curvature=True), nn.AvgPool2d) == 5
     assert count(vgg11(width=2, low_curvature=True, pooling="max"), nn.MaxPool2d) == 5
+    smooth = vgg11(width=2, low_curvature=True, beta=4.0, pooling="smooth")
+    assert [m.temperature for m in smooth.modules() if isinstance(m, LogMeanExpPool2d)] == [0.25] * 5
     with pytest.raises(ValueError, match="`pooling` must be one of"):
         vgg11(width=2, pooling="median")
     with pytest.raises(ValueError, match="`input_size` must be at least 32"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, TypeVar, overload
 
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ def to_low_curvature(
         beta: Start of every β. At 10 accuracy is that of ReLU and curvature about a tenth (ours).
         gamma: Start of every γ of the batch norms, which clips those of larger slope; ``None``: 10, or the
             layer's own slope if that is larger, so that nothing is clipped at the start.
-        max_pool: ``"keep"`` leaves max pooling, whose curvature is infinite; ``"smooth"`` takes log-mean-exp and
-            ``"average"`` average pooling, which both change the function and want fine-tuning.
+        max_pool: ``"keep"`` leaves max pooling, whose curvature is infinite; ``"smooth"`` takes log-mean-exp of
+            temperature 1/β; ``"average"`` takes average pooling, another function, which wants fine-tuning.
         skip: Paths of modules (with all that they contain) or classes to leave alone.
         spectral: Whether to convert convolutions and linear layers.
         activations: Further classes of activations to turn into ``CenteredSoftplus`` even though that is another
@@ -137,7 +137,7 @@ def to_low_curvature(
             f"`model` ({type(model).__name__}) has nothing to convert: no activation, batch norm, convolution or "
             f"linear layer of a known class that the example input reaches.\n{report}"
         )
-    _warn(report, options)
+    _warn(report)
     return (converted, report) if return_report else converted
 
 
@@ -145,15 +145,15 @@ def _remaining_kinks(
     model: nn.Module,
     example_input: Tensor,
     options: Options,
-    rows: Collection[str],
+    rows: Mapping[str, Change | Kept],
     reasons: dict[Place, str],
 ) -> list[Kept]:
     """Return the non-smooth operations that the converted model still runs and no row of a module tells of."""
-    kinks = [kink for kink in record_run(model, example_input).kinks if kink.owner not in rows]
+    told = {name for name, row in rows.items() if isinstance(row, Kept) and not row.smooth}
     found: dict[tuple[str, str], Kept] = {}
-    for kink in kinks:
+    for kink in record_run(model, example_input).kinks:
         owner = model.get_submodule(kink.owner)
-        if is_ours(owner):
+        if is_ours(owner) or kink.owner in told:
             continue
         what = f"{kink.operation} at {kink.place()}"
         reason = _why_kink(kink, reasons)
@@ -173,13 +173,14 @@ def _why_kink(kink: Kink, reasons: dict[Place, str]) -> str:
     return "functional call without a counterpart"
 
 
-def _warn(report: ConversionReport, options: Options) -> None:
-    asked_for = (SKIPPED, POOLING_KEPT)
-    kinks = [f"{row.name} ({row.what}): {row.reason}" for row in report.kinks if row.reason not in asked_for]
+def _warn(report: ConversionReport) -> None:
+    kinks = [
+        f"{row.name} ({row.what}): {row.reason}" for row in report.kinks if row.reason not in (SKIPPED, POOLING_KEPT)
+    ]
     if kinks:
         more = f"\n  and {len(kinks) - 5} more" if len(kinks) > 5 else ""
         warnings.warn(
-            f"to_low_curvature left {len(kinks)} operations with kinks, where curvature stays infinite:\n  "
+            f"to_low_curvature left {len(kinks)} operation(s) with kinks, where curvature stays infinite:\n  "
             + "\n  ".join(kinks[:5])
             + f"{more}\nreturn_report=True gives the whole table; `skip` silences what is meant to stay.",
             stacklevel=3,

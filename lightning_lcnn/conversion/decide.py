@@ -71,13 +71,13 @@ class Decisions:
     def _why_unknown(self, module: nn.Module) -> str:
         if parametrize.is_parametrized(module):
             return "its parameters are parametrised; remove the parametrisation first"
+        if type(module) in rules.SPECTRAL:
+            return "spectral=False"
         known = (*rules.SPECTRAL, *_NORMS)
         parent = next((cls.__name__ for cls in known if isinstance(module, cls)), None)
         if parent is not None:
             return f"a subclass of {parent}, which may compute something else"
         return "holds parameters of its own" if module._modules else "no counterpart"
-
-    # layers that are linear
 
     def _spectral(self, name: str, module: Any) -> None:
         reason = self._why_not_spectral(name, module)
@@ -115,8 +115,6 @@ class Decisions:
         if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
             return None
         return norm if module.bias is None or self._uses[id(module.bias)] == 1 else None
-
-    # all others
 
     def _norm(self, name: str, module: Any) -> None:
         if module.running_var is None:

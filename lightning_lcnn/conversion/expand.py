@@ -154,7 +154,7 @@ def _set_inplace(model: nn.Module, options: Options, only: str | None = None) ->
     found = [
         name
         for name, module in model.named_modules()
-        if rules.is_activation(module, options)
+        if rules.activation(module, options) is not None
         and getattr(module, "inplace", False)
         and not options.skips(name, module)
     ]

@@ -109,8 +109,14 @@ def _fuse(model: Any, example_input: Tensor | None) -> Any:
     record, modules = record_run(model, example_input), dict(model.named_modules())
     replacements: dict[int, nn.Module] = {}
     for name, module in modules.items():
-        norm: Any = modules.get(record.only_consumer(name) or name)
+        behind = record.only_consumer(name) or name
+        norm: Any = modules[behind]
         if type(module) not in SPECTRAL or type(norm) not in NORMS or norm.running_var is None:
+            continue
+        over_channels = (
+            len(record.usage[behind].inputs[0]) == module.weight.dim()
+        )  # not so behind a Linear on (N, L, C)
+        if not over_channels or name in record.read_outside or module._forward_hooks or norm._forward_pre_hooks:
             continue
         fuse: Any = fuse_linear_bn_eval if type(module) is nn.Linear else fuse_conv_bn_eval
         replacements[id(module)] = take_over(module, fuse(module, norm))

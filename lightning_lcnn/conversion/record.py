@@ -14,15 +14,50 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# ATen operations whose derivative jumps; a trailing underscore (the in-place form) is cut off first
+# ATen operations that jump or whose derivative does; a trailing underscore (the in-place form) is cut off first
 KINKS = frozenset(
     {
-        *("abs", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "amin", "clamp", "clamp_max", "clamp_min"),
-        *("hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "max", "max_pool2d_with_indices"),
-        *("max_pool3d_with_indices", "maximum", "min", "minimum", "mkldnn_max_pool2d", "_prelu_kernel", "relu"),
-        *("rrelu_with_noise", "softshrink", "threshold"),
+        *(
+            "relu",
+            "leaky_relu",
+            "_prelu_kernel",
+            "rrelu_with_noise",
+            "hardtanh",
+            "hardsigmoid",
+            "hardswish",
+            "threshold",
+        ),
+        *(
+            "hardshrink",
+            "softshrink",
+            "abs",
+            "sign",
+            "round",
+            "floor",
+            "ceil",
+            "trunc",
+            "clamp",
+            "clamp_min",
+            "clamp_max",
+        ),
+        *(
+            "max",
+            "min",
+            "amax",
+            "amin",
+            "maximum",
+            "minimum",
+            "median",
+            "kthvalue",
+            "topk",
+            "sort",
+            "mkldnn_max_pool2d",
+        ),
+        *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("fractional_max_pool2d", "fractional_max_pool3d"),
     }
 )
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose outputs are followed
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -58,7 +93,7 @@ class Record:
 
     usage: dict[str, Usage]  # by module path
     kinks: list[Kink] = field(default_factory=list)
-    read_outside: set[str] = field(default_factory=set)  # modules whose parameters another module read directly
+    read_outside: set[str] = field(default_factory=set)  # modules whose tensors another module read directly
     output: Any = None
 
     def only_consumer(self, name: str) -> str | None:
@@ -82,8 +117,8 @@ class _Recorder(TorchDispatchMode):
         self.sources: dict[int, tuple[Tensor, str]] = {}  # kept alive, or the id would be used again
         self.owners: dict[int, set[str]] = {}
         for name, module in self.modules.items():
-            for parameter in module.parameters(recurse=False):
-                self.owners.setdefault(id(parameter), set()).add(name)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                self.owners.setdefault(id(tensor), set()).add(name)
 
     def enter(self, name: str, inputs: tuple[Any, ...]) -> None:
         usage = self.record.usage[name]
@@ -96,9 +131,8 @@ class _Recorder(TorchDispatchMode):
 
     def leave(self, name: str, output: Any) -> None:
         self.stack.pop()
-        if isinstance(output, Tensor) and not self.modules[name]._modules:
-            # an identity or a dropout at rest hands its input on: that stays its producer's
-            self.sources.setdefault(id(output), (output, name))
+        if isinstance(output, Tensor) and isinstance(self.modules[name], _LINEAR):
+            self.sources[id(output)] = (output, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         here = self.stack[-1] if self.stack else ""
@@ -110,7 +144,8 @@ class _Recorder(TorchDispatchMode):
                 self.record.read_outside |= owners
         output = func(*args, **(kwargs or {}))
         operation = func.overloadpacket.__name__.rstrip("_")
-        if operation in KINKS and any(t.is_floating_point() for t in tensors(output)):
+        is_kink = operation in KINKS or (operation == "elu" and len(args) > 1 and args[1] != 1)  # also SELU
+        if is_kink and any(t.is_floating_point() for t in tensors(output)):
             self.record.kinks.append(self._kink(here, operation))
         return output
 
@@ -171,11 +206,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def same_values(first: Any, second: Any) -> bool:
     """Whether two outputs hold equal tensors, up to the rounding of a parallel sum."""
-    pairs = list(zip(tensors(first), tensors(second), strict=False))
-    same_number = len(list(tensors(first))) == len(list(tensors(second)))
-    return same_number and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in pairs
-    )
+    left, right = list(tensors(first)), list(tensors(second))
+    return len(left) == len(right) and all(map(_close, left, right))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @contextmanager

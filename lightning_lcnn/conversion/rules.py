@@ -17,6 +17,7 @@ from lightning_lcnn.layers import (
     LipschitzBatchNorm1d,
     LipschitzBatchNorm2d,
     LipschitzBatchNorm3d,
+    LogMeanExpPool2d,
     PiecewiseSoftplus,
     SpectralConv1d,
     SpectralConv2d,
@@ -85,9 +86,7 @@ def pooling(old: Any, options: Options) -> nn.Module | str:
     if options.max_pool == "smooth":
         if type(old) is not nn.MaxPool2d or old.ceil_mode:
             return "only MaxPool2d without ceil_mode has a smooth counterpart; use max_pool='average'"
-        from lightning_lcnn.layers import LogMeanExpPool2d  # type: ignore
-
-        return LogMeanExpPool2d(old.kernel_size, old.stride, old.padding)
+        return LogMeanExpPool2d(old.kernel_size, old.stride, old.padding, temperature=1 / options.beta)
     if hasattr(old, "output_size"):
         return AVERAGE[type(old)](old.output_size)
     arguments = (old.kernel_size, old.stride, old.padding, old.ceil_mode)

@@ -12,6 +12,7 @@ import copy
 import inspect
 import linecache
 import textwrap
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -130,7 +131,7 @@ def edit_method(
         raise CannotRewriteError(f"{base.__name__} has its own way of being copied")
     method, function = _find(module, code, methods)
     tree = _parse(method, function)
-    edit = _Edit(function, tree.args.args[0].arg, functions, separate, set(dir(module)))
+    edit = _Edit(function, _arguments(tree)[0].arg, functions, separate, set(dir(module)))
     tree = edit.visit(tree)
     if not edit.created:
         return {}
@@ -167,7 +168,7 @@ def _parse(method: Method, function: Callable[..., Any]) -> ast.FunctionDef:
         tree = ast.parse(method.source).body[0]
     except SyntaxError as error:
         raise CannotRewriteError(f"the source of `{method.name}` is not a definition of its own") from error
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or not tree.args.args:
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or not _arguments(tree):
         raise CannotRewriteError(f"`{method.name}` is decorated or not a plain method")
     if set(function.__code__.co_freevars) - {"__class__"}:
         raise CannotRewriteError(f"`{method.name}` uses variables of an enclosing function")
@@ -175,6 +176,10 @@ def _parse(method: Method, function: Callable[..., Any]) -> ast.FunctionDef:
     if any(name.startswith("__") and not name.endswith("__") for name in names):
         raise CannotRewriteError(f"`{method.name}` uses private names, which belong to its class body")
     return tree
+
+
+def _arguments(tree: ast.FunctionDef) -> list[ast.arg]:
+    return tree.args.posonlyargs + tree.args.args
 
 
 def _build(build: Build, arguments: list[ast.expr], keywords: list[ast.keyword]) -> nn.Module | None:
@@ -204,7 +209,7 @@ def rewritten_class(base: Any, methods: tuple[Method, ...]) -> type[nn.Module]:
 def _compile(method: Method) -> Callable[..., Any]:
     # A factory whose argument is __class__ is what super() without arguments looks for.
     text = f"def make(__class__):\n{textwrap.indent(method.source, '    ')}\n    return {method.name}\n"
-    file = f"<lightning_lcnn {method.defined_in.__qualname__}.{method.name} {abs(hash(text))}>"
+    file = f"<lightning_lcnn {method.defined_in.__qualname__}.{method.name} {zlib.crc32(text.encode()):x}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # for tracebacks
     # annotations stay text: they may name what only type checkers import
     program = compile(text, file, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)

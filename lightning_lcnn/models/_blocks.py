@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
-from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralConv2d
+from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, LogMeanExpPool2d, SpectralConv2d
 
-POOLINGS = ("max", "average")
+POOLINGS = ("max", "average", "smooth")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Blocks:
         """Return 2x2 pooling of stride 2."""
         if pooling == "max":
             return nn.MaxPool2d(2)
-        return nn.AvgPool2d(2)
+        return nn.AvgPool2d(2) if pooling == "average" else LogMeanExpPool2d(2, temperature=1 / self.beta)
 
 
 def check_sizes(num_classes: int, width: int, in_channels: int, input_size: tuple[int, int]) -> None:

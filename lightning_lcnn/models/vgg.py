@@ -79,7 +79,7 @@ def vgg11(
         low_curvature: Whether to build the low-curvature form.
         beta: Start of every β. At 10 accuracy is that of ReLU and curvature about a tenth (ours).
         gamma: Start of every γ of the batch norms, or ``None`` for no clipping.
-        pooling: ``"max"``, ``"average"`` or ``"smooth"`` (log-mean-exp); by default ``"max"`` in the
+        pooling: ``"max"``, ``"average"`` or ``"smooth"`` (log-mean-exp of temperature 1/β); by default ``"max"`` in the
             standard form and ``"average"``, which has no curvature at all, in the low-curvature form.
         in_channels: Channels of the images.
         input_size: Height and width of the images, at least 32; the spectral norms belong to this size.
