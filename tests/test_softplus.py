@@ -124,6 +124,71 @@ def test_eager_saves_one_tensor_beside_its_output() -> None:
     assert storages == {x.data_ptr(), value.data_ptr()}
 
 
+def in_place(x: Tensor, beta: Tensor) -> Tensor:
+    return centered_softplus(x.clone(), beta, inplace=True)
+
+
+@pytest.mark.parametrize("beta", [b for b in BETAS if b >= 1])
+def test_in_place_is_accurate_absolutely(beta: float) -> None:
+    # log 2 is rounded at 6e-8, σ = 1 - e^(-βs)/2 inherits twice that and the rounding of βs (large s: 1 - σ vanishes)
+    x, beta_tensor = grid(), torch.tensor(beta)
+    tolerances = (2e-7 / beta, 5e-7, 5e-7 * beta)
+    results = zip(derivatives(in_place, x, beta_tensor), exact(x, beta_tensor), tolerances, strict=True)
+    for got, expected, tolerance in results:
+        assert torch.isfinite(got).all()
+        assert ((got.double() - expected).abs() <= tolerance + 2e-7 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 10.0, 100.0])
+def test_in_place_beta_gradient(beta: float) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    got, expected = (torch.tensor(beta, dtype=d).requires_grad_() for d in (torch.float32, torch.float64))
+    in_place(x.requires_grad_(), got).backward(upstream)
+    _composite(x.detach().double(), expected).backward(upstream.double())
+    # each term of the sum is below log(2)/β² and rounded at 1e-6 of it, random signs
+    torch.testing.assert_close(got.grad.double(), expected.grad, rtol=1e-4, atol=1e-5 / beta**2)
+    assert torch.isfinite(x.grad).all()
+
+
+def test_in_place_gradients_of_both_orders() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    beta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(in_place, (x, beta))
+    assert torch.autograd.gradgradcheck(in_place, (x, beta))
+
+
+def test_in_place_overwrites_its_input_and_saves_nothing_else() -> None:
+    saved: list[Tensor] = []
+    source = torch.randn(8, requires_grad=True)
+    x = source * 2
+    expected = CenteredSoftplus(3.0)(x).detach()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = CenteredSoftplus(3.0, inplace=True)(x)
+    assert value.data_ptr() == x.data_ptr() == next(t for t in saved if t.numel() == 8).data_ptr()
+    assert sum(t.numel() == 8 for t in saved) == 1
+    torch.testing.assert_close(value, expected)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        centered_softplus(torch.zeros(2, requires_grad=True), 3.0, inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "beta"),
+    [
+        (torch.randn(4), 0.5),
+        (torch.randn(4).bfloat16(), 5.0),
+        (torch.randn(2, 4), torch.tensor([1.0, 2.0, 3.0, 4.0])),
+    ],
+    ids=["small beta", "bfloat16", "per channel"],
+)
+def test_in_place_leaves_the_input_alone_where_it_would_lose_accuracy(x: Tensor, beta: float | Tensor) -> None:
+    before = x.clone()
+    torch.testing.assert_close(
+        centered_softplus(x, beta, inplace=True), centered_softplus(before, beta), rtol=0, atol=0
+    )
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
@@ -158,12 +223,13 @@ def test_layer_per_channel_and_fixed() -> None:
 
 
 def test_layer_contract() -> None:
-    for layer in (CenteredSoftplus(), CenteredSoftplus(num_channels=3), CenteredSoftplus(learnable=False)):
+    layers = [CenteredSoftplus(), CenteredSoftplus(num_channels=3), CenteredSoftplus(learnable=False)]
+    for layer in (*layers, CenteredSoftplus(inplace=True)):
         x = torch.randn(2, 3)
-        expected = layer(x)
+        expected = layer(x.clone())
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert torch.equal(other(x), expected)
-        fresh = CenteredSoftplus(1.0, layer.learnable, layer.num_channels)
+            assert torch.equal(other(x.clone()), expected)
+        fresh = CenteredSoftplus(1.0, layer.learnable, layer.num_channels, layer.inplace)
         fresh.load_state_dict(layer.state_dict())
-        assert torch.equal(fresh(x), expected)
+        assert torch.equal(fresh(x.clone()), expected)
         assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16

@@ -20,6 +20,8 @@ class CenteredSoftplus(nn.Module):
         beta: Start value of β. The default 5 bounds the curvature by 1.25; 1000 is ReLU to the eye.
         learnable: Whether β is a parameter; otherwise it is a buffer.
         num_channels: None for one β; C for one β per channel of an input (N, C, ...).
+        inplace: Permits to overwrite the input, as ``nn.ReLU(inplace=True)`` does, and for the same memory; see
+            :func:`~lightning_lcnn.functional.centered_softplus`.
 
     Raises:
         ValueError: If ``beta`` is not positive and finite or ``num_channels`` is below 1.
@@ -37,12 +39,15 @@ class CenteredSoftplus(nn.Module):
 
     log_beta: Tensor
 
-    def __init__(self, beta: float = 5.0, learnable: bool = True, num_channels: int | None = None) -> None:
+    def __init__(
+        self, beta: float = 5.0, learnable: bool = True, num_channels: int | None = None, inplace: bool = False
+    ) -> None:
         super().__init__()
         check_positive("beta", beta)
         if num_channels is not None:
             check_int("num_channels", num_channels)
         self.num_channels = num_channels
+        self.inplace = inplace
         log_beta = torch.full(() if num_channels is None else (num_channels,), float(beta)).log()
         if learnable:
             self.log_beta = nn.Parameter(log_beta)
@@ -69,10 +74,11 @@ class CenteredSoftplus(nn.Module):
                     f"got shape {tuple(x.shape)}."
                 )
             beta = beta.view(-1, *[1] * (x.ndim - 2))
-        return centered_softplus(x, beta)
+        return centered_softplus(x, beta, self.inplace)
 
     def extra_repr(self) -> str:
         """Start of the printed form: β now, or its mean over channels."""
         beta = self.beta.detach().mean()
         channels = "" if self.num_channels is None else f", num_channels={self.num_channels}"
-        return f"beta={beta:.4g}, learnable={self.learnable}{channels}"
+        inplace = ", inplace=True" if self.inplace else ""
+        return f"beta={beta:.4g}, learnable={self.learnable}{channels}{inplace}"
