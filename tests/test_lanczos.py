@@ -174,3 +174,9 @@ def test_probabilistic_gap_covers_and_is_not_vacuous():
     # Kuczyński and Woźniakowski's own form is looser
     root = math.sqrt(gap)
     assert probability <= 1.648 * math.sqrt(n) * ((1 - root) / (1 + root)) ** (steps - 0.5)
+
+
+def test_breakdown_with_a_start_drawn_from_the_same_seed() -> None:
+    start = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    result = lanczos(lambda v: 0.25 * v, start, 4, seed=0)
+    assert result.largest.item() == pytest.approx(0.25)

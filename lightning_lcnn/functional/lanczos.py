@@ -144,9 +144,13 @@ def _orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fresh_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
     """Random unit vectors (B, n) orthogonal to ``basis`` (B, k, n) with k < n."""
-    direction = torch.randn(basis.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(basis)
-    vectors, _ = _orthogonalise(direction.expand(len(basis), -1), basis)
-    return vectors / safe_norm(vectors).unsqueeze(1)
+    while True:
+        direction = torch.randn(basis.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(basis)
+        vectors, _ = _orthogonalise(direction.expand(len(basis), -1), basis)
+        length = safe_norm(vectors).unsqueeze(1)
+        # a start vector drawn with the same seed lies in the span of the basis up to rounding
+        if bool((length > 1e-3).all()):
+            return vectors / length
 
 
 def _ritz(alpha: Tensor, beta: Tensor, basis: Tensor, shape: torch.Size, tolerance: float) -> LanczosResult:
