@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lcnn.bounds.forward import Forward, concat_dim, is_whole, magnitude, per_channel
+from lightning_lcnn.bounds.forward import Forward, concat_dim, is_whole, magnitude, per_channel, window_maximum
 from lightning_lcnn.bounds.linear_maps import LinearMap, plain
 from lightning_lcnn.bounds.measured import MeasuredNetwork
-from lightning_lcnn.bounds.pieces import Activation, Concat, Shape, Sum, Weight
+from lightning_lcnn.bounds.pieces import Activation, Concat, Shape, Smooth, Sum, Weight, Windows
+from lightning_lcnn.bounds.pooling_rules import overlap, window_sum
 
 _DENSE_ENTRIES = 2**20  # largest layer, and
 _DENSE_SIDE = 512  # largest Gram matrix, for which λ_max(Wᵀ diag(c) W) is computed
@@ -97,7 +98,13 @@ def _pull_back(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
         return [_linear_back(map_, gradient, slope)]
     if isinstance(step.piece, Activation):
         return [_activation_back(step.piece, gradient, slope)]
-    return [_anything(gradient.norm * slope, network.input_shape(i))]
+    shape = network.input_shape(i)
+    everything = _anything(gradient.norm * slope, shape)
+    if not isinstance(step.piece, Smooth) or step.piece.windows is None:
+        return [everything]
+    low = window_sum(step.piece.windows, gradient.low.clamp_max(0), shape)
+    high = window_sum(step.piece.windows, gradient.high.clamp_min(0), shape)
+    return [Gradient(low, high, everything.norm)]
 
 
 def _anything(norm: Tensor, shape: Shape) -> Gradient:
@@ -140,9 +147,13 @@ def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
     (source,) = step.inputs
     if math.isinf(curvature):
         return torch.full_like(gradient.norm, math.inf), torch.full_like(gradient.norm, math.inf)
-    if not isinstance(step.piece, Activation):
+    if isinstance(step.piece, Smooth):
         both = gradient.norm * curvature * forward.slopes[source] ** 2
-        return both, both
+        if step.piece.windows is None:
+            return both, both
+        pooled = _pool_curvature(step.piece.windows, network, forward, source, gradient)
+        return torch.minimum(both, pooled[0]), torch.minimum(both, pooled[1])
+    assert isinstance(step.piece, Activation)
     low, high = (per_channel(_as_tensor(end), gradient.low[0]) for end in step.piece.read().bend)
     products = torch.stack([gradient.low * low, gradient.low * high, gradient.high * low, gradient.high * high])
     plus, minus = products.amax(0).clamp_min(0), (-products).amax(0).clamp_min(0)
@@ -157,6 +168,16 @@ def _curvature_as_vector(forward: Forward, source: int, bend: Tensor) -> Tensor:
     """Bound on ‖s'' ⊙ (Ju) ⊙ (Ju)‖₂ over unit u, shape (1,): of Σ_k (b_k r_k)² t_k, where t = (Ju)² as in knapsack."""
     rows = forward.rows[source]
     return knapsack((bend * rows).square().view(1, -1), rows.flatten(), forward.slopes[source]).sqrt()
+
+
+def _pool_curvature(
+    pool: Windows, network: MeasuredNetwork, forward: Forward, source: int, gradient: Gradient
+) -> tuple[Tensor, Tensor]:
+    """Terms Σ_o g_o Var_o/τ, where the variance of Ju in window o is at most max r² there and ‖Ju‖²/2 over it."""
+    rows = window_maximum(pool, forward.rows[source]).flatten()
+    slope = forward.slopes[source] * math.sqrt(overlap(pool, network.shapes[source]) / 2)
+    plus, minus = gradient.high.clamp_min(0).flatten(1), (-gradient.low).clamp_min(0).flatten(1)
+    return knapsack(plus, rows, slope) / pool.temperature, knapsack(minus, rows, slope) / pool.temperature
 
 
 def _largest_eigenvalue(network: MeasuredNetwork, forward: Forward, source: int, c: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lcnn.bounds.linear_maps import LinearMap, linear_map
 from lightning_lcnn.bounds.measured import MeasuredNetwork
-from lightning_lcnn.bounds.pieces import Activation, Concat, Sum
+from lightning_lcnn.bounds.pieces import Activation, Concat, Smooth, Sum, Windows
+
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,15 @@ def _rows(
         return torch.minimum(map_.apply(source_row[None])[0], map_.row_norms() * source_slope)
     if isinstance(piece, Activation):
         return source_row * per_channel(magnitude(piece.read().slope), source_row)
+    if isinstance(piece, Smooth) and piece.windows is not None:
+        return window_maximum(piece.windows, source_row)
     return torch.full(shape, slope, dtype=torch.float64)
+
+
+def window_maximum(pool: Windows, x: Tensor) -> Tensor:
+    """The largest entry of every window of an unbatched non-negative tensor."""
+    arguments = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    return _MAX_POOL[len(pool.kernel_size)](x[None], *arguments)[0]
 
 
 def magnitude(ends: tuple[float | Tensor, float | Tensor]) -> Tensor:

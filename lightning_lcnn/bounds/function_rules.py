@@ -19,10 +19,11 @@ from lightning_lcnn.bounds.pieces import Activation, Concat, Piece, Rearrange, S
 from lightning_lcnn.bounds.pooling_rules import (
     adaptive_average,
     log_softmax_bound,
-    max_pool_bound,
     mean,
+    pooling,
     softmax_bound,
     window_average,
+    windows,
 )
 
 
@@ -193,8 +194,7 @@ def _adaptive(dims: int, call: Call) -> Piece:
 
 
 def _max_pool(dims: int, call: Call) -> Piece:
-    options = call.bind("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return Smooth(partial(max_pool_bound, dims, options))
+    return pooling(windows(dims, **call.bind("kernel_size", "stride", "padding", "dilation", "ceil_mode")))
 
 
 def _mean(call: Call) -> Piece:

@@ -28,11 +28,13 @@ from lightning_lcnn.bounds.pieces import (
 from lightning_lcnn.bounds.pooling_rules import (
     adaptive_average,
     log_softmax_bound,
-    max_pool_bound,
+    pooling,
     softmax_bound,
     window_average,
+    windows,
 )
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
+from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -190,8 +192,11 @@ def _adaptive(dims: int, module: nn.AdaptiveAvgPool2d) -> Piece:
 
 
 def _max_pool(dims: int, module: nn.MaxPool2d) -> Piece:
-    options = _pool_options(module, "kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return Smooth(partial(max_pool_bound, dims, options))
+    return pooling(windows(dims, **_pool_options(module, "kernel_size", "stride", "padding", "dilation", "ceil_mode")))
+
+
+def _smooth_pool(module: LogMeanExpPool2d) -> Piece:
+    return pooling(windows(2, **_pool_options(module, "kernel_size", "stride", "padding", "temperature")))
 
 
 def _fill() -> None:
@@ -219,6 +224,7 @@ def _fill() -> None:
         _RULES[getattr(nn, name)] = _constant_pad
     for kind in (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d):
         _RULES[kind] = _upsample
+    _RULES[LogMeanExpPool2d] = _smooth_pool
     for dims in (1, 2, 3):
         _RULES[getattr(nn, f"AvgPool{dims}d")] = partial(_average, dims)
         _RULES[getattr(nn, f"AdaptiveAvgPool{dims}d")] = partial(_adaptive, dims)

@@ -219,10 +219,23 @@ class Rearrange(Piece):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Sliding windows whose outputs have gradients with non-negative weights that sum to 1."""
+
+    kernel_size: tuple[int, ...]  # one entry for each axis, as the next
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+    temperature: float = 0.0  # of a log-mean-exp; 0 for the maximum
+
+
+@dataclass(frozen=True)
 class Smooth(Piece):
-    """Any map whose bounds a function gives: smooth pooling, softmax, max pooling, rules of the user."""
+    """Any map whose bounds a function gives: pooling, softmax, rules of the user."""
 
     bound: Callable[[Shape | None], LayerBound]  # None: the size is unknown, as in the surrogate
+    windows: Windows | None = None  # where every output's gradient is a convex combination over a window
 
     def log_slope(self) -> Number:
         return _log(self.bound(None).slope)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lcnn.bounds.pieces import Average, LayerBound, Shape
+from lightning_lcnn.bounds.pieces import Average, LayerBound, Shape, Smooth, Windows
 
 
 def per_axis(value: Any, dims: int) -> tuple[Any, ...]:
@@ -73,41 +73,64 @@ def _mean_matrix(i: int, size: int) -> Tensor:
     return torch.full((1, size), 1 / size, dtype=torch.float64)
 
 
-def window_count(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """How many windows the busiest coordinate of an axis of this size belongs to."""
-    span = dilation * (kernel - 1) + 1
-    free = size + 2 * padding - span
-    outputs = (-(-free // stride) if ceil_mode else free // stride) + 1
-    counts = [0] * size
-    for o in range(outputs):
-        for j in range(kernel):
-            position = o * stride + j * dilation - padding
-            if 0 <= position < size:
-                counts[position] += 1
-    return max(counts)
+def windows(
+    dims: int,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    temperature: float = 0.0,
+) -> Windows:
+    """The arguments of a pooling, one entry for each axis."""
+    kernels = per_axis(kernel_size, dims)
+    strides = kernels if stride in (None, ()) else per_axis(stride, dims)
+    return Windows(kernels, strides, per_axis(padding, dims), per_axis(dilation, dims), ceil_mode, temperature)
 
 
-def overlap(dims: int, options: dict[str, Any], shape: Shape | None) -> float:
+def pooling(pool: Windows) -> Smooth:
+    """Maximum or log-mean-exp over windows."""
+    return Smooth(partial(_pool_bound, pool), pool)
+
+
+def overlap(pool: Windows, shape: Shape | None) -> int:
     """The largest number of windows that share one input; an upper bound where the size is unknown."""
-    kernels = per_axis(options["kernel_size"], dims)
-    strides = kernels if options.get("stride") in (None, ()) else per_axis(options["stride"], dims)
     if shape is None:
-        return math.prod(math.ceil(k / s) for k, s in zip(kernels, strides, strict=True))
-    paddings, dilations = per_axis(options.get("padding", 0), dims), per_axis(options.get("dilation", 1), dims)
-    axes = zip(shape[-dims:], kernels, strides, paddings, dilations, strict=True)
-    return math.prod(window_count(*axis, options.get("ceil_mode", False)) for axis in axes)
+        return math.prod(math.ceil(k / s) for k, s in zip(pool.kernel_size, pool.stride, strict=True))
+    dims = len(pool.kernel_size)
+    return math.prod(int(_members(pool, i, shape[i - dims]).sum(0).max()) for i in range(dims))
 
 
-def max_pool_bound(dims: int, options: dict[str, Any], shape: Shape | None) -> LayerBound:
-    """Every window selects one input and an input is selected by at most m windows: slope √m."""
-    reason = "MaxPool has a kink: the selected input changes, so its second derivative is unbounded"
-    return LayerBound(math.sqrt(overlap(dims, options, shape)), math.inf, reason)
+def window_sum(pool: Windows, g: Tensor, shape: Shape) -> Tensor:
+    """For every input the sum of ``g``, shape (H, …), over the windows that it belongs to."""
+    for i in range(-len(pool.kernel_size), 0):
+        members = _members(pool, i, shape[i])[: g.shape[i]]
+        g = torch.tensordot(g, members, dims=([i], [0])).movedim(-1, i)
+    return g
 
 
-def log_mean_exp_bound(dims: int, options: dict[str, Any], shape: Shape | None) -> LayerBound:
-    r"""Rows of the Jacobian are softmax weights (norm ≤ 1), Hessians (diag p − p pᵀ)/τ (norm ≤ 1/(2τ))."""
-    root = math.sqrt(overlap(dims, options, shape))
-    return LayerBound(root, root / (2 * options["temperature"]))
+def _members(pool: Windows, axis: int, size: int) -> Tensor:
+    """Which inputs of an axis belong to which window, 0 or 1, shape (outputs, size)."""
+    kernel, stride, dilation = pool.kernel_size[axis], pool.stride[axis], pool.dilation[axis]
+    free = size + 2 * pool.padding[axis] - dilation * (kernel - 1) - 1
+    outputs = (-(-free // stride) if pool.ceil_mode else free // stride) + 1
+    members = torch.zeros(outputs, size, dtype=torch.float64)
+    for o in range(outputs):
+        positions = [o * stride + j * dilation - pool.padding[axis] for j in range(kernel)]
+        members[o, [p for p in positions if 0 <= p < size]] = 1.0
+    return members
+
+
+def _pool_bound(pool: Windows, shape: Shape | None) -> LayerBound:
+    """Every output's gradient has norm at most 1 and an input has at most m windows: slope √m.
+
+    The Hessian of a log-mean-exp is (diag p - p pᵀ)/τ, of norm at most 1/(2τ).
+    """
+    root = math.sqrt(overlap(pool, shape))
+    if pool.temperature:
+        return LayerBound(root, root / (2 * pool.temperature))
+    reason = "max pooling has a kink: the selected input changes, so its second derivative is unbounded"
+    return LayerBound(root, math.inf, reason)
 
 
 def softmax_bound(dim: int | None, shape: Shape | None) -> LayerBound:

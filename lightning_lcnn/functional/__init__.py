@@ -24,6 +24,7 @@ from lightning_lcnn.functional.penalties import (
     reference_penalty,
     sum_log_penalty,
 )
+from lightning_lcnn.functional.pooling import log_mean_exp_pool2d
 from lightning_lcnn.functional.power_iteration import (
     SingularTriplet,
     largest_singular_triplet,
@@ -59,6 +60,7 @@ __all__ = [
     "lanczos",
     "lanczos_probabilistic_gap",
     "largest_singular_triplet",
+    "log_mean_exp_pool2d",
     "log_normalized_curvature_bound",
     "logit_margin",
     "matrix_norm_bound",

@@ -9,6 +9,7 @@ from lightning_lcnn.layers.parameter_groups import (
     low_curvature_parameters,
 )
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
+from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 from lightning_lcnn.layers.spectral_base import SpectralLayer
 from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral_layers, update_spectral_norm
@@ -18,6 +19,7 @@ __all__ = [
     "LipschitzBatchNorm1d",
     "LipschitzBatchNorm2d",
     "LipschitzBatchNorm3d",
+    "LogMeanExpPool2d",
     "PiecewiseSoftplus",
     "SpectralConv1d",
     "SpectralConv2d",
