@@ -43,7 +43,8 @@ def fold(model: ModelT, example_input: Tensor | None = None, *, batch_norm: str 
         ValueError: If there is nothing to fold, a batch norm has no running statistics, ``batch_norm`` is unknown,
             or ``"fuse"`` lacks an example input that the model accepts.
 
-    Source: ours.
+    Source:
+        Ours.
 
     Example:
         >>> import torch

@@ -30,7 +30,8 @@ class PiecewiseSoftplus(nn.Module):
     Raises:
         ValueError: If there is no kink, or ``changes`` has another length, or β is out of range.
 
-    Source: ours.
+    Source:
+        Ours.
 
     Example:
         >>> import torch

@@ -42,7 +42,7 @@ class Blocks:
 
     def activation(self) -> nn.Module:
         """Return an activation of its own."""
-        return CenteredSoftplus(self.beta) if self.low_curvature else nn.ReLU(inplace=True)
+        return CenteredSoftplus(self.beta, inplace=True) if self.low_curvature else nn.ReLU(inplace=True)
 
     def pool(self, pooling: str) -> nn.Module:
         """Return 2x2 pooling of stride 2."""

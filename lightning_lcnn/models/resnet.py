@@ -139,7 +139,8 @@ def resnet18(
     Raises:
         TypeError, ValueError: If a size is not a positive integer, or β or γ is not above 0.
 
-    Source: He et al. (2016), with the CIFAR stem; low-curvature layers as in the LCNN paper.
+    Source:
+        He et al. (2016), with the CIFAR stem; low-curvature layers as in the LCNN paper.
 
     Example:
         >>> import torch
@@ -179,7 +180,8 @@ def resnet34(
     Raises:
         TypeError, ValueError: If a size is not a positive integer, or β or γ is not above 0.
 
-    Source: He et al. (2016), with the CIFAR stem; low-curvature layers as in the LCNN paper.
+    Source:
+        He et al. (2016), with the CIFAR stem; low-curvature layers as in the LCNN paper.
 
     Example:
         >>> import torch

@@ -91,7 +91,8 @@ def vgg11(
         TypeError, ValueError: If a size is not a positive integer, the images are smaller than 32,
             β or γ is not above 0, or ``pooling`` is unknown.
 
-    Source: Simonyan and Zisserman (2015), with batch norm; low-curvature layers as in the LCNN paper.
+    Source:
+        Simonyan and Zisserman (2015), with batch norm; low-curvature layers as in the LCNN paper.
 
     Example:
         >>> import torch
