@@ -25,6 +25,8 @@ from lightning_lcnn import CurvatureMonitor, LCNNMixin, lcnn_parameter_groups, m
 from lightning_lcnn.metrics import AdversarialAccuracy, GradientStability, NormalizedCurvature
 from lightning_lcnn.penalties import CurvaturePenalty
 
+ATTACK_RADII = [0.1, 0.25]
+
 
 class Classifier(L.LightningModule):
     """Cross-entropy, SGD with momentum and a one-cycle learning rate; pixel values are centered inside the network."""
@@ -76,7 +78,7 @@ class Measures(L.LightningModule):
         self.curvature = NormalizedCurvature(max_examples=examples)
         self.loss_curvature = NormalizedCurvature(output="loss", max_examples=examples)
         self.stability = GradientStability(radius=0.1, max_examples=examples)
-        self.robust = AdversarialAccuracy(radii=(0.1, 0.25), max_examples=examples)
+        self.robust = AdversarialAccuracy(ATTACK_RADII, max_examples=examples)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -138,14 +140,15 @@ def main() -> None:
     torch.save(classifier.network.state_dict(), args.output / "weights.pt")
 
 
-def summary(measures: Measures) -> dict:
-    robust = {k: float(v) for k, v in measures.robust.compute().items() if v.numel() == 1}
+def summary(measures: Measures) -> dict[str, float]:
+    """What is printed at the end."""
+    attacked = zip(ATTACK_RADII, measures.robust.compute().tolist(), strict=True)
     return {
         "test_accuracy": float(measures.accuracy.compute()),
         "normalized_curvature_margin": float(measures.curvature.compute()),
         "normalized_curvature_loss": float(measures.loss_curvature.compute()),
         "gradient_change_at_0.1": float(measures.stability.compute()),
-        **robust,
+        **{f"adversarial_accuracy_l2_{radius}": value for radius, value in attacked},
     }
 
 
