@@ -66,8 +66,8 @@ def to_low_curvature(
 ) -> nn.Module | tuple[nn.Module, ConversionReport]:
     """Return a low-curvature copy of a network, with its weights; for β → ∞ it computes the same function.
 
-    ReLU becomes :class:`CenteredSoftplus` (LeakyReLU, ReLU6, Hardtanh and Hardsigmoid: :class:`PiecewiseSoftplus`), batch norms
-    become :class:`LipschitzBatchNorm1d` and so on, convolutions and linear layers :class:`SpectralConv2d`,
+    ReLU becomes :class:`CenteredSoftplus`; LeakyReLU, ReLU6, Hardtanh and Hardsigmoid :class:`PiecewiseSoftplus`; batch
+    norms :class:`LipschitzBatchNorm1d` and so on; convolutions and linear layers :class:`SpectralConv2d`,
     :class:`SpectralLinear` and so on. The scale σ of a layer goes into the batch norm behind it if that gets
     all of its output, BN(y; m, v, ε) = BN(y/σ; m/σ, v/σ², ε/σ²), and else into a learnable gain.
 
