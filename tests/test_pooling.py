@@ -25,7 +25,7 @@ def test_lies_between_mean_and_maximum_and_tends_to_both(kernel: Any, stride: An
         pooled = log_mean_exp_pool2d(x, kernel, stride, padding, temperature)
         assert (pooled <= maximum + 1e-12).all()
         assert (pooled >= mean - 1e-10).all()
-        assert (pooled >= maximum - temperature * math.log(9)).all()
+        assert (pooled >= maximum - temperature * math.log(9) - 1e-12).all()
     torch.testing.assert_close(log_mean_exp_pool2d(x, kernel, stride, padding, 1e-5), maximum, atol=1e-4, rtol=0)
     torch.testing.assert_close(log_mean_exp_pool2d(x, kernel, stride, padding, 1e6), mean, atol=1e-5, rtol=0)
 
