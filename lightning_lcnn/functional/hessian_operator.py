@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lcnn._checks import check_choice, check_positive
+from lightning_lcnn.functional._frozen_graph import FrozenGraph
 from lightning_lcnn.functional.input_function import InputFunction
 from lightning_lcnn.functional.lanczos import safe_norm
 
@@ -119,7 +120,8 @@ def _gradient(function: InputFunction, x: Tensor, create_graph: bool) -> tuple[T
     """Gradient (with its graph if asked for), the leaf it belongs to, and the values."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        values = function(leaf)
+        with FrozenGraph() if create_graph else nullcontext():
+            values = function(leaf)
         if not values.requires_grad:
             return torch.zeros_like(leaf), leaf, values
         (gradient,) = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph, allow_unused=True)

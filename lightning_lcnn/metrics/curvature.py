@@ -60,7 +60,7 @@ class InputHessianNorm(PerExampleMetric):
         method: ``"lanczos"`` or ``"power_iteration"``.
         num_hvps: Hessian-vector products per example.
         hvp: ``"double_backward"``, ``"forward_over_reverse"`` or ``"finite_difference"``.
-        seed: of the private generator of the start vector.
+        seed: of the private generator of the start vector's random part.
         reduction: as in `InputGradientNorm`, and ``"converged"`` for the share of converged examples.
         kwargs: ``adapter``, ``batch_size``, ``max_examples``, and those of `torchmetrics.Metric`.
 
@@ -118,7 +118,7 @@ class NormalizedCurvature(InputHessianNorm):
         method: ``"lanczos"`` or ``"power_iteration"``.
         num_hvps: Hessian-vector products per example.
         hvp: ``"double_backward"``, ``"forward_over_reverse"`` or ``"finite_difference"``.
-        seed: of the private generator of the start vector.
+        seed: of the private generator of the start vector's random part.
         reduction: as in `InputHessianNorm`.
         kwargs: ``adapter``, ``batch_size``, ``max_examples``, and those of `torchmetrics.Metric`.
 
