@@ -104,6 +104,36 @@ def test_gradgradcheck_in_both_modes() -> None:
             assert torch.autograd.gradcheck(lambda *a, x=x: function(x.detach(), *a), arguments[1:])
 
 
+def test_both_gradients_of_training_mode_where_nothing_is_clipped() -> None:
+    layer = randomised(LipschitzBatchNorm2d(3, gamma=1e6, momentum=0.0)).double()
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    arguments = (x, *(p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias)))
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_one_pass_equals_two(affine: bool, memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        layer = randomised(LipschitzBatchNorm2d(3, affine=affine, gamma=0.5)).double()
+        x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = x.to(memory_format=memory_format).requires_grad_()
+        value = layer(x)
+        (gradient,) = torch.autograd.grad(value.pow(3).sum(), x, create_graph=True)
+        return [value, gradient, *torch.autograd.grad(gradient.square().sum(), [x, *layer.parameters()])]
+
+    one_pass = run()
+    monkeypatch.setattr("lightning_lcnn.layers.batch_norm.fits_one_pass", lambda *_: False)
+    for a, b in zip(one_pass, run(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert one_pass[0].is_contiguous(memory_format=memory_format)
+
+
 def test_gamma_receives_a_gradient_where_it_equals_the_slope() -> None:
     slope, log_gamma = torch.tensor(2.0), torch.tensor(2.0).log().requires_grad_()
     clip_factor(slope, log_gamma.exp()).backward()

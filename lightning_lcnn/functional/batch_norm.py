@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
+
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
 
 
 def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -78,6 +82,97 @@ def channel_variance(x: Tensor) -> Tensor:
     mean = x.mean(dim=dims, dtype=dtype)
     square = torch.linalg.vector_norm(x, dim=dims, dtype=dtype).square() / count
     return (square - mean.square()).clamp(min=0.0)
+
+
+def scaled_affine(
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor, num_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a batch norm times a 0-d factor; a missing weight counts as ones.
+
+    Example:
+        >>> scaled_affine(None, None, torch.tensor(0.5), 2)
+        (tensor([0.5000, 0.5000]), None)
+    """
+    if weight is None:
+        # contiguous: the CPU's channels_last backward misreads an expanded weight and returns gradients off by 1e37
+        return factor.expand(num_features).contiguous(), None
+    return (weight * factor).to(weight.dtype), None if bias is None else (bias * factor).to(bias.dtype)
+
+
+def fits_one_pass(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether :func:`clipped_batch_norm` can take the batch: eager mode on the CPU, more than one value per channel."""
+    tensors = (x,) if weight is None else (x, weight)
+    return not needs_composite() and on_plain_cpu(*tensors) and x.numel() > x.shape[1]
+
+
+def clipped_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    gamma: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    r"""Batch normalisation in training whose slope is limited to γ, by the statistics that the kernel computes anyway.
+
+    .. math:: y = \mathrm{BN}(x) \cdot \min(1, γ / \mathrm{SN})
+
+    The gradient takes the variance inside SN as a constant. Nothing more than in ``F.batch_norm`` is computed or saved
+    where nothing is clipped, and one multiplication in place otherwise.
+
+    Args:
+        x: Batch (N, C, ...) for which :func:`fits_one_pass` holds.
+        weight: Affine weight (C,), or None.
+        bias: Affine bias (C,), or None.
+        running_mean: Updated in place, (C,), or None.
+        running_var: Updated in place, (C,), or None.
+        gamma: Positive 0-d tensor γ.
+        momentum: Weight of this batch in the running statistics.
+        eps: The ε that is added to the variance.
+
+    Returns:
+        Tensor of the shape of x.
+
+    Source:
+        LCNN (Srinivas et al., 2022), section 4.2, with the statistics of the batch; one pass is ours.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> clipped_batch_norm(x, None, None, None, None, torch.tensor(0.5), momentum=0.1, eps=0.0)
+        tensor([[-0.5000],
+                [ 0.5000]])
+    """
+    with torch.no_grad():
+        value, mean, gain = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    factor = clip_factor((gain if weight is None else gain * weight.abs()).max(), gamma)
+    if factor.item() < 1.0:
+        value.mul_(factor.detach())
+    weight, bias = scaled_affine(weight, bias, factor, x.shape[1])
+    return _Normalized.apply(x, weight, bias, value, mean, gain, eps)
+
+
+class _Normalized(torch.autograd.Function):
+    """Attach the gradient of batch normalisation to a value that is already there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, mean: Tensor, gain: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, gain)
+        ctx.eps = eps
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, gain = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, gain, True, ctx.eps, wanted
+        )
+        return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None)
 
 
 def synchronized_moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_lcnn._checks import check_positive
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
 
 # From this β on the in-place form errs by at most 1e-7 / β in the value.
 _MIN_IN_PLACE_BETA = 1.0
@@ -66,18 +66,11 @@ def centered_softplus(x: Tensor, beta: float | Tensor, inplace: bool = False) ->
     else:
         check_positive("beta", beta)
         beta = torch.as_tensor(beta, dtype=compute_dtype, device=x.device)
-    if _needs_composite():
+    if needs_composite():
         return _composite(x.to(compute_dtype), beta).to(x.dtype)
-    if inplace and _fits_in_place(x, beta):
+    if inplace and on_plain_cpu(x, beta) and beta.numel() == 1 and beta.item() >= _MIN_IN_PLACE_BETA:
         return _InPlaceCenteredSoftplus.apply(x, beta)
     return _FusedCenteredSoftplus.apply(x, beta)
-
-
-def _needs_composite() -> bool:
-    """True where a custom autograd function would break the graph or is not supported."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0
 
 
 def _composite(x: Tensor, beta: Tensor) -> Tensor:
@@ -88,12 +81,6 @@ def _composite(x: Tensor, beta: Tensor) -> Tensor:
     near_value = torch.log1p(torch.expm1(torch.where(near, t, 0.0)) * 0.5)
     far_value = F.softplus(torch.where(near, -1.0, t)) - math.log(2.0)
     return torch.where(positive, x, 0.0) + torch.where(near, near_value, far_value) / beta
-
-
-def _fits_in_place(x: Tensor, beta: Tensor) -> bool:
-    if not (x.device.type == beta.device.type == "cpu" and x.dtype == beta.dtype and beta.numel() == 1):
-        return False
-    return type(x) is Tensor and beta.item() >= _MIN_IN_PLACE_BETA
 
 
 def _values(x: Tensor, beta: Tensor) -> Tensor:
@@ -158,6 +145,8 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates this backward again
             e = torch.exp(-beta * value).clamp(max=largest)
             grad_x = grad * (1.0 - 0.5 * e)
+            if not ctx.needs_input_grad[1]:
+                return grad_x, None
             x_times_beta = beta * value + torch.log1p(1.0 - e)
             return grad_x, ((grad_x * x_times_beta).sum() / beta - (grad * value).sum()) / beta
         e = torch.mul(value, beta * (-1.0 / math.log(2.0))).exp2_().clamp_(max=largest)

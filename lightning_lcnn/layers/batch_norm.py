@@ -17,6 +17,9 @@ from lightning_lcnn.functional.batch_norm import (
     batch_norm_slope,
     channel_variance,
     clip_factor,
+    clipped_batch_norm,
+    fits_one_pass,
+    scaled_affine,
     synchronized_moments,
 )
 
@@ -94,13 +97,15 @@ class _LipschitzBatchNorm(_NormBase):
         use_batch = self.training or self.running_mean is None
         if self.training and isinstance(self._sync, nn.SyncBatchNorm) and dist.is_initialized():
             return self._synchronized(x, momentum)
-        weight, bias = self.weight, self.bias
-        if self.log_gamma is not None:
-            factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
-            weight, bias = self._scaled_affine(factor)
         running = (
             (None, None) if self.training and not self.track_running_stats else (self.running_mean, self.running_var)
         )
+        weight, bias, gamma = self.weight, self.bias, self.gamma
+        if gamma is not None:
+            if use_batch and fits_one_pass(x, weight):
+                return clipped_batch_norm(x, weight, bias, *running, gamma, momentum, self.eps)
+            factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
+            weight, bias = scaled_affine(weight, bias, factor, self.num_features)
         return F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
 
     def extra_repr(self) -> str:
@@ -127,13 +132,6 @@ class _LipschitzBatchNorm(_NormBase):
             return torch.ones((), device=variance.device)
         return clip_factor(self._unclipped_slope(variance), self.gamma)
 
-    def _scaled_affine(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.weight is None:
-            # contiguous: the CPU's channels_last backward misreads an expanded weight and returns gradients off by 1e37
-            return factor.expand(self.num_features).contiguous(), None
-        bias = None if self.bias is None else (self.bias * factor).to(self.bias.dtype)
-        return (self.weight * factor).to(self.weight.dtype), bias
-
     def _count_batch(self) -> float:
         """Advance the batch counter in training; return the weight of this batch in the running statistics."""
         if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
@@ -149,7 +147,7 @@ class _LipschitzBatchNorm(_NormBase):
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         factor = self._factor(variance.detach())
-        weight, bias = self._scaled_affine(factor)
+        weight, bias = scaled_affine(self.weight, self.bias, factor, self.num_features)
         scale = torch.rsqrt(variance + self.eps) * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (x.ndim - 2))

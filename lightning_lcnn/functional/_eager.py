@@ -1,0 +1,22 @@
+"""Where the custom autograd functions, which are faster in eager mode, can stand in for composed operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def needs_composite() -> bool:
+    """True where a custom autograd function would break the graph or is not supported."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0
+
+
+def on_plain_cpu(*tensors: Tensor) -> bool:
+    """True for ordinary float32 or float64 tensors of one type on the CPU, where reading a number waits for nothing."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.float64) and all(
+        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype for t in tensors
+    )
