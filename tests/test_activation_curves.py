@@ -82,7 +82,7 @@ def test_kinked_ranges_hold_and_say_why(module: nn.Module) -> None:
     ranges = curve(module)
     first, second = derivatives(module)
     assert ranges.slope[0] <= first.min()
-    assert first.max() <= ranges.slope[1] + 1e-15  # rounding of 1 / 6
+    assert first.max() <= ranges.slope[1] + 1e-7  # torch takes 1 / 6 in float32
     assert max(abs(first.min()), abs(first.max())) >= 0.99 * max(abs(end) for end in ranges.slope)
     assert math.inf in (abs(end) for end in ranges.bend)
     assert ranges.bend[0] <= second.min()

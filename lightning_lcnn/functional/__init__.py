@@ -2,6 +2,11 @@
 
 from lightning_lcnn.functional.attacks import projected_gradient_attack
 from lightning_lcnn.functional.batch_norm import batch_norm_slope, clip_factor
+from lightning_lcnn.functional.certificates import (
+    lipschitz_radius,
+    second_order_dual_radius,
+    taylor_radius,
+)
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.hessian_operator import HessianOperator
 from lightning_lcnn.functional.input_derivatives import (
@@ -60,6 +65,7 @@ __all__ = [
     "lanczos",
     "lanczos_probabilistic_gap",
     "largest_singular_triplet",
+    "lipschitz_radius",
     "log_mean_exp_pool2d",
     "log_normalized_curvature_bound",
     "logit_margin",
@@ -72,7 +78,9 @@ __all__ = [
     "projected_gradient_attack",
     "reference_penalty",
     "register_linear_layer",
+    "second_order_dual_radius",
     "sum_log_penalty",
     "symmetric_power_iteration",
     "target_logit",
+    "taylor_radius",
 ]

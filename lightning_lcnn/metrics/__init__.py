@@ -2,6 +2,7 @@
 
 from lightning_lcnn.metrics.adversarial import AdversarialAccuracy
 from lightning_lcnn.metrics.base import MeasuringMetric
+from lightning_lcnn.metrics.certified import CertifiedAccuracy
 from lightning_lcnn.metrics.curvature import (
     GradientStability,
     InputGradientNorm,
@@ -11,6 +12,7 @@ from lightning_lcnn.metrics.curvature import (
 
 __all__ = [
     "AdversarialAccuracy",
+    "CertifiedAccuracy",
     "GradientStability",
     "InputGradientNorm",
     "InputHessianNorm",
