@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_lcnn.conversion import rules
-from lightning_lcnn.conversion.options import SKIPPED, Options
+from lightning_lcnn.conversion.options import OUTPUT_LAYER, SKIPPED, Options
 from lightning_lcnn.conversion.record import Record
 from lightning_lcnn.conversion.report import Change, Kept
 from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
@@ -86,7 +86,8 @@ class Decisions:
         new = rules.spectral(module, self.record.usage[name].inputs)
         sigma = float(new.sigma().detach())
         norm = self._norm_behind(name, module)
-        if norm is None:
+        if norm is None or not rules.takes_scale(self.modules[norm], sigma):
+            norm = None
             rules.set_gain(new, sigma)
         else:
             rules.move_scale(new, self.modules[norm], sigma)
@@ -99,6 +100,9 @@ class Decisions:
             return "its weight is computed by a hook (weight norm, pruning); make that permanent first"
         if name in self.record.read_outside:
             return "another module reads its weight"
+        usage = self.record.usage[name]
+        if usage.escapes and not usage.consumers and not self.options.output_layer:
+            return OUTPUT_LAYER
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"padding_mode={module.padding_mode!r} has no known norm; pad in a layer of its own"
         norm = float(torch.linalg.vector_norm(module.weight.detach().double()))
@@ -114,7 +118,8 @@ class Decisions:
             return None
         if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
             return None
-        return norm if module.bias is None or self._uses[id(module.bias)] == 1 else None
+        changed = (tensor for tensor in (module.bias, target.weight) if tensor is not None)
+        return norm if all(self._uses[id(tensor)] == 1 for tensor in changed) else None
 
     def _norm(self, name: str, module: Any) -> None:
         if module.running_var is None:

@@ -13,6 +13,7 @@ from lightning_lcnn._checks import check_choice, check_positive
 POOLINGS = ("keep", "smooth", "average")
 # reasons that the caller knows of
 SKIPPED = "in `skip`"
+OUTPUT_LAYER = "gives the output, so no activation follows; output_layer=True converts it"
 POOLING_KEPT = "max_pool='keep'"
 
 
@@ -25,6 +26,7 @@ class Options:
     max_pool: str
     skip: tuple[str | type[nn.Module], ...]
     spectral: bool
+    output_layer: bool
     activations: tuple[type[nn.Module], ...]
     separate_activations: bool
 

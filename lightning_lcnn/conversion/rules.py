@@ -147,14 +147,23 @@ def set_gain(layer: Any, sigma: float) -> None:
     layer.log_gamma = nn.Parameter(log_gamma, requires_grad=layer.weight.requires_grad)
 
 
+def takes_scale(norm: Any, sigma: float) -> bool:
+    """Whether :func:`move_scale` keeps the function: without a weight, no variance may become negative."""
+    return norm.weight is not None or bool((norm.running_var.double() + norm.eps >= norm.eps * sigma**2).all())
+
+
 @torch.no_grad()
 def move_scale(layer: Any, norm: Any, sigma: float) -> None:
     """Let the batch norm after a layer work on outputs that are 1/σ of those it knew.
 
-    BN(y; m, v, ε) = BN(y/σ; m/σ, v/σ², ε/σ²), so nothing changes, in training neither.
+    BN(y; m, v, ε) = BN(y/σ; m/σ, v', ε) with v' + ε = (v + ε)/σ². Where that would make v' negative, for a channel of
+    next to no variance, v' is 0 and the weight makes up for the rest. ε itself stays: it is in no ``state_dict``.
     """
     if layer.bias is not None:
         layer.bias.div_(sigma)
+    wanted = (norm.running_var.double() + norm.eps) / sigma**2
+    variance = (wanted - norm.eps).clamp(min=0.0)
+    if norm.weight is not None:
+        norm.weight.mul_(((variance + norm.eps) / wanted).sqrt())
     norm.running_mean.div_(sigma)
-    norm.running_var.div_(sigma**2)
-    norm.eps /= sigma**2
+    norm.running_var.copy_(variance)
