@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn.bounds.pieces import Concat, Number, Sum
+from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
+from lightning_lcnn.bounds.pieces import Concat, Diagonal, Number, Sum
 from lightning_lcnn.bounds.recursion import Leaf, Node, Recursion
 from lightning_lcnn.bounds.steps import Step, build_steps
 from lightning_lcnn.bounds.tracing import record
@@ -96,7 +97,8 @@ class CurvatureGraph:
         )
 
     def _leaf_values(self) -> tuple[Tensor, Tensor]:
-        slopes = [step.piece.log_slope() for step in self._slope_leaves]
+        norms = iter(batch_norm_log_slopes([s.module for s in self._slope_leaves if isinstance(s.piece, Diagonal)]))
+        slopes = [next(norms) if isinstance(s.piece, Diagonal) else s.piece.log_slope() for s in self._slope_leaves]
         bends = [step.piece.log_bend() for step in self._bend_leaves]
         tensors = [value for value in (*slopes, *bends) if isinstance(value, Tensor)]
         like = next(iter(tensors), torch.zeros(()))

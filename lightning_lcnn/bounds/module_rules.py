@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 from lightning_lcnn.bounds.activations import CURVES, curve_of
 from lightning_lcnn.bounds.pieces import (
-    LIPSCHITZ_NORMS,
     SPECTRAL,
     Activation,
     Diagonal,
@@ -33,11 +32,13 @@ from lightning_lcnn.bounds.pooling_rules import (
     window_average,
     windows,
 )
+from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+LIPSCHITZ_NORMS = (LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d)
 _BATCH_FREE = "it normalises by statistics of its own input, whose derivative is unbounded near constant inputs"
 _PRODUCT = "it multiplies activations by activations, which has no finite slope on unbounded inputs"
 REFUSED: dict[type, str] = {

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds.activations import Curve
-from lightning_lcnn.functional.batch_norm import batch_norm_slope
+from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.layers.activation import CenteredSoftplus
-from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 
 Shape = tuple[int, ...]
 Number = float | Tensor  # a float, or a tensor of shape ()
 SPECTRAL = (SpectralLinear, SpectralConv1d, SpectralConv2d, SpectralConv3d)
-LIPSCHITZ_NORMS = (LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,7 @@ class Diagonal(Piece):
     module: Any  # a batch norm, torch's or ours
 
     def log_slope(self) -> Number:
-        if isinstance(self.module, LIPSCHITZ_NORMS):
-            return _log(self.module.slope())
-        return _log(batch_norm_slope(self.module.weight, self.module.running_var, self.module.eps))
+        return batch_norm_log_slopes([self.module])[0]
 
     def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
         return LayerBound(float(self.exact_scale().abs().max()))
@@ -149,7 +145,7 @@ class Diagonal(Piece):
     def exact_scale(self) -> Tensor:
         """Signed factor of each channel in float64, detached, shape (C,)."""
         layer = copy.deepcopy(self.module).cpu().double()
-        if isinstance(layer, LIPSCHITZ_NORMS):
+        if hasattr(layer, "scale_and_shift"):
             return layer.scale_and_shift()[0].detach()
         scale = torch.rsqrt(layer.running_var + layer.eps)
         return (scale if layer.weight is None else scale * layer.weight).detach()

@@ -144,6 +144,9 @@ class Recursion:
             if isinstance(entry, _Segment):
                 s, c = next(pieces)
                 last, source = entry.steps[-1], entry.source
+                if source == 0:
+                    slope[last], curvature[last] = s, c
+                    continue
                 slope[last] = slope[source] + s
                 curvature[last] = torch.logaddexp(curvature[source] + s, 2 * slope[source] + c)
             else:
@@ -154,10 +157,12 @@ class Recursion:
     @staticmethod
     def _join(node: Node, values: list[Tensor]) -> Tensor:
         """Sum, or root-sum-square for a concatenation, of the inputs' numbers."""
-        power = 2.0 if node.join == "concat" else 1.0
-        offsets = node.offsets or (0.0,) * len(node.inputs)
-        terms = [power * (values[i] + o) for i, o in zip(node.inputs, offsets, strict=True)]
-        return torch.logsumexp(torch.stack(terms), dim=0) / power
+        terms = [values[i] for i in node.inputs]
+        if node.offsets:
+            terms = [term + offset for term, offset in zip(terms, node.offsets, strict=True)]
+        if node.join == "concat":
+            return torch.logsumexp(2 * torch.stack(terms), dim=0) / 2
+        return torch.logaddexp(*terms) if len(terms) == 2 else torch.logsumexp(torch.stack(terms), dim=0)
 
     def _on(self, like: Tensor) -> tuple[Tensor, ...]:
         """The constant tables on the device and in the type of ``like``."""
