@@ -15,7 +15,7 @@ from lightning_lcnn.bounds.pieces import Activation, Concat, Shape, Smooth, Sum,
 from lightning_lcnn.bounds.pooling_rules import overlap, window_sum
 
 _DENSE_ENTRIES = 2**20  # largest layer, and
-_DENSE_SIDE = 512  # largest Gram matrix, for which λ_max(Wᵀ diag(c) W) is computed
+_DENSE_SIDE = 256  # largest Gram matrix (10 ms an eigenvalue), for which λ_max(Wᵀ diag(c) W) is computed
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def backward_pass(network: MeasuredNetwork, forward: Forward, output: Gradient) 
             contributions[i] = torch.maximum(plus, minus)
         for source, part in zip(network.steps[i].inputs, _pull_back(network, forward, i, gradient), strict=True):
             gradients[source] = gradients[source] + part if source in gradients else part
-    return BackwardBounds(gradients[0].tightened().norm, positive, negative, contributions)
+    slope = gradients[0].tightened().norm
+    known = [value.nan_to_num(nan=math.inf, posinf=math.inf) for value in (slope, positive, negative)]
+    return BackwardBounds(*known, contributions)  # NaN: ∞ - ∞ where a deep network overflowed
 
 
 def _pull_back(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gradient) -> list[Gradient]:
@@ -148,7 +150,7 @@ def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
     if math.isinf(curvature):
         return torch.full_like(gradient.norm, math.inf), torch.full_like(gradient.norm, math.inf)
     if isinstance(step.piece, Smooth):
-        both = gradient.norm * curvature * forward.slopes[source] ** 2
+        both = gradient.norm * curvature * forward.slopes[source] * forward.slopes[source]
         if step.piece.windows is None:
             return both, both
         pooled = _pool_curvature(step.piece.windows, network, forward, source, gradient)
@@ -186,8 +188,8 @@ def _largest_eigenvalue(network: MeasuredNetwork, forward: Forward, source: int,
     step, map_ = network.steps[source], forward.maps[source]
     if not (isinstance(step.piece, Weight) and map_ is not None):
         return bound
-    before = forward.slopes[step.inputs[0]] ** 2
-    return torch.minimum(bound, before * _weighted_norms(network, source, map_, c))
+    before = forward.slopes[step.inputs[0]]
+    return torch.minimum(bound, before * before * _weighted_norms(network, source, map_, c))
 
 
 def knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
@@ -213,7 +215,7 @@ def knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
     """
     c, order = c.sort(dim=1, descending=True)
     room = rows.square()[order]
-    used = torch.minimum((slope**2 - (room.cumsum(1) - room)).clamp_min(0), room)
+    used = torch.minimum((slope * slope - (room.cumsum(1) - room)).clamp_min(0), room)
     return (c * used).sum(1)
 
 

@@ -101,6 +101,8 @@ def _folded(network: MeasuredNetwork, i: int, bounds: list[LayerBound], alone: L
         return alone
     source, layer, scale = pair
     before = float(bounds[source].slope)
+    if float(scale.abs().min()) >= 0.999 * float(scale.abs().max()):  # nothing to gain: one norm bound saved
+        return alone
     folded = layer.norm(_merged(layer, scale), network.input_shape(source))
     return LayerBound(min(float(alone.slope), folded / before) if before else 0.0)
 

@@ -261,7 +261,7 @@ def cheap_norm_bound(weight: Tensor, groups: int = 1) -> Tensor:
     taps = weight[0, 0].numel() if weight.dim() > 2 else 1
     magnitude = weight.abs().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     rows, columns = magnitude.sum((2, 3)).amax(), magnitude.sum((1, 3)).amax()
-    return torch.minimum((rows * columns).sqrt(), math.sqrt(taps) * torch.linalg.vector_norm(weight))
+    return torch.minimum((rows * columns).clamp_min(1e-37).sqrt(), math.sqrt(taps) * torch.linalg.vector_norm(weight))
 
 
 def _log(value: Number) -> Number:
