@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_lcnn.functional import (
@@ -88,6 +89,10 @@ def test_bad_models(measure):
     noisy[3].train()
     with pytest.raises(ValueError, match=r"3 \(Dropout\) draws noise in training mode"):
         measure(noisy, x, y)
+    skipping = nn.Sequential(type("DropPath", (nn.Identity,), {})(), network())
+    skipping[0].train()
+    with pytest.raises(ValueError, match=r"0 \(DropPath\) draws noise in training mode"):
+        measure(skipping, x, y)
     with pytest.raises(TypeError, match="must return a tensor of logits, got dict; pass adapter="):
         measure(lambda x: {"logits": model(x)}, x, y)
     with pytest.raises(ValueError, match=r"logits must have shape \(batch, classes\) = \(4, K\), got \(4, 3, 1\)"):
@@ -260,6 +265,37 @@ def test_operations_without_a_second_derivative():
             input_hessian_norm(Once.apply, x, y, hvp=hvp)
     measured = input_hessian_norm(Once.apply, x, y, hvp="finite_difference").values
     torch.testing.assert_close(measured, expected, atol=2e-3, rtol=1e-3)  # central differences in float32
+
+
+def test_compiled_parts_are_refused_and_measured_by_differences():
+    """Their backward keeps no graph, so that a second derivative would silently be zero."""
+    x, y = batch()
+    plain = network()
+    expected = normalized_curvature(plain, x, y).values
+    inside = nn.Sequential(torch.compile(plain, backend="aot_eager"), nn.Identity()).eval()
+    with pytest.raises(RuntimeError, match=r"CompiledFunctionBackward\); pass hvp='finite_difference'"):
+        normalized_curvature(inside, x, y)
+    measured = normalized_curvature(inside, x, y, hvp="finite_difference").values
+    torch.testing.assert_close(measured, expected, rtol=1e-2, atol=0)  # h = 5e-3 in float32
+
+
+def test_checkpointed_and_vectorised_parts_and_attention():
+    x, y = batch()
+    plain = network()
+    expected = normalized_curvature(plain, x, y).values
+    recomputed = lambda x: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)  # noqa: E731
+    torch.testing.assert_close(normalized_curvature(recomputed, x, y).values, expected)
+    vectorised = lambda x: torch.func.vmap(lambda image: plain(image[None])[0])(x)  # noqa: E731
+    torch.testing.assert_close(normalized_curvature(vectorised, x, y).values, expected)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=F.gelu, batch_first=True)
+    attentive = nn.Sequential(nn.Unflatten(1, (4, 8)), layer, nn.Flatten(), nn.Linear(32, 3)).eval()
+    tokens = x.flatten(1)
+    by_mode = [
+        input_hessian_norm(attentive, tokens, y, hvp=mode).values
+        for mode in ("double_backward", "forward_over_reverse", "finite_difference")
+    ]
+    torch.testing.assert_close(by_mode[0], by_mode[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_mode[0], by_mode[2], rtol=2e-2, atol=0)
 
 
 def test_compiled_and_wrapped_models_are_unwrapped():

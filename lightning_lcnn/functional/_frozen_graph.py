@@ -31,7 +31,9 @@ class FrozenGraph(TorchFunctionMode):
     ) -> Any:
         """Take over what is known, pass the rest on."""
         result = None
-        if func in _DIMENSIONS:
+        if torch._C._are_functorch_transforms_active():  # the functions below have no rules for vmap and jvp
+            pass
+        elif func in _DIMENSIONS:
             result = _convolution(_DIMENSIONS[func], *args, **(kwargs or {}))
         elif func is F.batch_norm:
             result = _batch_norm(*args, **(kwargs or {}))

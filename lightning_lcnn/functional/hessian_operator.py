@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_lcnn._checks import check_choice, check_positive
 from lightning_lcnn.functional._frozen_graph import FrozenGraph
@@ -47,11 +49,11 @@ class HessianOperator:
 
     H_b v_b with H_b = ∂²f_b/∂x_b², for f that maps (B, …) to (B,) example by example.
 
-    ``double_backward`` keeps one graph of the gradient and differentiates it once per product (the fastest in eager
-    mode: 3.5 times faster per product than the next on the CPU). ``forward_over_reverse`` builds a graph per product
-    and keeps none. ``finite_difference`` needs first derivatives only, (∇f(x + hv) - ∇f(x - hv)) / 2h for unit v, with
-    an error near h² + eps/h relative to the gradient: for compiled or sharded parts and for operations without a
-    second derivative.
+    ``double_backward`` keeps one graph of the gradient and differentiates it once per product. ``forward_over_reverse``
+    builds a graph per product and keeps none. Per product of ResNet-18 (width 16, batch 64, one thread): 0.13 s against
+    1.2 s, and 0.22 s for ``finite_difference``, which needs first derivatives only, (∇f(x + hv) - ∇f(x - hv)) / 2h for
+    unit v, with an error near h² + eps/h relative to the gradient: for compiled or sharded parts and for operations
+    without a second derivative.
 
     Args:
         function: per-example function.
@@ -82,8 +84,11 @@ class HessianOperator:
         self.step = step or torch.finfo(x.dtype).eps ** (1 / 3)
         retain = mode == "double_backward"
         with _second_derivative_errors():
-            graph_gradient, self._leaf, values = _gradient(function, x, create_graph=retain)
-            _inspect(getattr(function, "model", function), values, twice=mode != "finite_difference")
+            try:
+                graph_gradient, self._leaf, values = _gradient(function, x, create_graph=retain)
+            except CheckpointError:  # recomputation, which happens later, has to build the same graph
+                graph_gradient, self._leaf, values = _gradient(function, x, create_graph=retain, frozen=False)
+            _inspect(getattr(function, "model", function), values, twice=retain)
         self.gradient = graph_gradient.detach()
         self._graph_gradient = graph_gradient if retain else None
         products: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,7 +112,8 @@ class HessianOperator:
 
     def _forward_over_reverse(self, v: Tensor) -> Tensor:
         gradient = torch.func.grad(lambda x: self.function(x).sum())
-        return torch.func.jvp(gradient, (self.x,), (v,))[1]
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(gradient, (self.x,), (v,))[1]
 
     def _finite_difference(self, v: Tensor) -> Tensor:
         length = safe_norm(v).view((-1,) + (1,) * (v.ndim - 1))
@@ -116,12 +122,18 @@ class HessianOperator:
         return (forward - backward) * (length / (2 * self.step))
 
 
-def _gradient(function: InputFunction, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(
+    function: InputFunction, x: Tensor, create_graph: bool, frozen: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient (with its graph if asked for), the leaf it belongs to, and the values."""
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        with FrozenGraph() if create_graph else nullcontext():
-            values = function(leaf)
+    with torch.enable_grad(), ExitStack() as stack:
+        if create_graph:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
+            if frozen:
+                stack.enter_context(FrozenGraph())
+        values = function(leaf)
+        stack.close()
         if not values.requires_grad:
             return torch.zeros_like(leaf), leaf, values
         (gradient,) = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph, allow_unused=True)
@@ -139,7 +151,14 @@ def _second_derivative_errors() -> Iterator[None]:
                 "the model's weights are sharded (FSDP2) and gone by the time a kept graph is differentiated; pass "
                 "hvp='forward_over_reverse' or hvp='finite_difference'."
             ) from error
-        signs = ("double backward", "differentiate twice", "not implemented", "orward AD", "setup_context")
+        signs = (
+            "double backward",
+            "differentiate twice",
+            "not implemented",
+            "orward AD",
+            "setup_context",
+            "saved tensor hooks",
+        )
         if not any(sign in str(error) for sign in signs):
             raise
         raise RuntimeError(
@@ -167,6 +186,8 @@ def _inspect(model: Any, values: Tensor, twice: bool) -> None:
 
 def _is_once_differentiable(node: Any) -> bool:
     """Torch raises for these only where the incoming gradient depends on x, and gives zeros otherwise."""
+    if node.name().startswith("CompiledFunction"):  # torch.compile
+        return True
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     return getattr(getattr(backward, "__code__", None), "co_filename", "") == torch.autograd.function.__file__
 

@@ -171,13 +171,20 @@ def check_model(model: Any) -> None:
                     f"{path} normalises with batch statistics, which couples the examples: call model.eval() first, "
                     "and give the layer running statistics."
                 )
-        elif isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        elif module.training and _draws_noise(module):
             raise ValueError(f"{path} draws noise in training mode: call model.eval() first.")
         elif type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 f"{path}: FSDP1 flattens its weights and cannot be differentiated twice; use FSDP2 (fully_shard) with "
                 "hvp='finite_difference', or measure an unsharded copy."
             )
+
+
+def _draws_noise(module: nn.Module) -> bool:
+    # by name: torchvision and timm are no dependencies
+    if type(module).__name__ in ("StochasticDepth", "DropPath"):
+        return True
+    return isinstance(module, _DropoutNd) and module.p > 0
 
 
 def concatenate(parts: list[Any]) -> Any:
