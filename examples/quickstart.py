@@ -205,6 +205,7 @@ def picture(results: list[Result], images: Tensor, path: Path) -> None:
     curvature.set(xlabel="log₁₀ normalised curvature", ylabel="test images", title="Curvature")
     change.set(xlabel="norm of the noise (ℓ₂)", ylabel="relative change in %", title="Input gradient under noise")
     attack.set(xlabel="radius of the attack (ℓ₂)", ylabel="accuracy in %", title="Accuracy under attack")
+    curvature.set_ylim(top=1.35 * curvature.get_ylim()[1])  # room for the legend
     for axes in (curvature, change, attack):
         axes.legend(frameon=False)
     gradient_maps(results, images, bottom)
