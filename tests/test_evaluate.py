@@ -23,7 +23,7 @@ def evaluate(monkeypatch):
     import evaluate
 
     def run(*arguments: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--examples", "6", "--batch-size", "4"])
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--examples", "6", "--batch-size", "6"])
         evaluate.main()
         output = Path(arguments[arguments.index("--output") + 1])
         assert (output / "evaluation.png").stat().st_size > 1000
