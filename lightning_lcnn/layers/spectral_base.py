@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional.linear_operators import LinearOperator
+from lightning_lcnn.functional.normalized_convolution import SharedGradient, inner_product
 from lightning_lcnn.functional.power_iteration import (
     SingularTriplet,
     largest_singular_triplet,
     power_iteration,
 )
 
+_SHARED: weakref.WeakKeyDictionary[nn.Module, SharedGradient] = weakref.WeakKeyDictionary()
 _STATE = ("weight", "spectral_gradient", "right_vector")
 
 
@@ -59,7 +62,7 @@ class SpectralLayer(nn.Module):
         if torch.is_grad_enabled():
             # Autograd keeps it: a refresh, or the buffer broadcast of DDP, may come before backward.
             gradient = gradient.clone()
-        return (self._accurate_weight() * gradient).sum()
+        return inner_product(self._accurate_weight(), gradient)
 
     def normalized_weight(self) -> Tensor:
         """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive (a zero weight)."""
@@ -141,9 +144,14 @@ class SpectralLayer(nn.Module):
         self.reset_spectral_norm()
 
     def _store(self, operator: LinearOperator, triplet: SingularTriplet, right: bool = True) -> None:
+        self._shared_gradient().before_change()
         self.spectral_gradient.copy_(operator.weight_gradient(triplet.left, triplet.right))
         if right:
             self.right_vector.copy_(triplet.right)
+
+    def _shared_gradient(self) -> SharedGradient:
+        """Who still reads G; outside the module, which can so be copied and pickled at any time."""
+        return _SHARED.setdefault(self, SharedGradient())
 
     def _reset_or_wait(self) -> None:
         """Converge, or only a first impression while the input size is unknown; nothing without data."""

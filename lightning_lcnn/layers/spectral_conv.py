@@ -8,12 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
 from lightning_lcnn.functional.linear_operators import (
     ConvGeometry,
     LinearOperator,
     conv_geometry,
     conv_operator,
 )
+from lightning_lcnn.functional.normalized_convolution import normalized_convolution
 from lightning_lcnn.layers.spectral_base import SpectralLayer, check_exact_type, copy_parameters
 
 ConvT = TypeVar("ConvT", bound="SpectralConvNd")
@@ -114,7 +116,20 @@ class SpectralConvNd(SpectralLayer):
         """Apply the normalised layer to (B, in_channels, *size) or (in_channels, *size)."""
         if self.right_vector.numel() == 0:
             self._see_input((self.in_channels, *input.shape[2 - self.weight.dim() :]))
+        geometry = self._geometry()
+        if self._is_eager(input, geometry):
+            gradient = self._shared_gradient().lend(self.spectral_gradient)
+            return normalized_convolution(input, self.weight, self.bias, self.log_gamma, gradient, geometry)
         return self._conv_forward(input, self.normalized_weight(), self.bias)
+
+    def _is_eager(self, input: Tensor, geometry: ConvGeometry) -> bool:
+        """Whether the custom function, which keeps less for backward, can stand in for the composed operations."""
+        if needs_composite() or torch.is_autocast_enabled("cpu") or input.dim() != self.weight.dim():
+            return False
+        others = (t for t in (self.bias, self.log_gamma) if t is not None)
+        if not on_plain_cpu(input, self.weight, self.spectral_gradient, *others):
+            return False
+        return all(before == after for before, after in geometry.padding)
 
     def extra_repr(self) -> str:
         """Torch's text, and the input size once it is known."""

@@ -1,0 +1,140 @@
+"""Convolution divided by ⟨W, G⟩ that keeps neither the divided weight nor a copy of G for backward."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lcnn.functional.linear_operators import ConvGeometry
+
+
+class SharedGradient:
+    """G, shared between its owner and the graphs that will need it in backward; copied only before it changes."""
+
+    def __init__(self) -> None:
+        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
+
+    def lend(self, value: Tensor) -> _Reader:
+        """Return a reader that keeps this value whatever its owner writes over it later."""
+        reader = _Reader(value)
+        self._readers.add(reader)
+        return reader
+
+    def before_change(self) -> None:
+        """Give every reader its own copy; the owner calls this before it overwrites the value."""
+        for reader in self._readers:
+            reader.value = reader.value.clone()
+        self._readers.clear()
+
+
+class _Reader:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.detach()
+
+
+def normalized_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_gamma: Tensor | None,
+    gradient: _Reader,
+    geometry: ConvGeometry,
+) -> Tensor:
+    r"""Convolution with W γ/σ, σ = ⟨W, G⟩, in eager mode.
+
+    .. math:: y = \frac{γ}{σ} \, W * x + b
+
+    The smaller of weight and output is multiplied by γ/σ, in backward too; G is a constant. Where σ is not positive it
+    counts as 1.
+
+    Args:
+        x: Batch (B, C_in, *size).
+        weight: W, (C_out, C_in / groups, *kernel_size).
+        bias: b, (C_out,), or None.
+        log_gamma: Logarithm of the gain, 0-d, or None for a gain of 1.
+        gradient: What :class:`SharedGradient` lends, shaped like W.
+        geometry: Stride, dilation, groups and padding, the same before and after each dimension.
+
+    Returns:
+        (B, C_out, *output size).
+
+    Source:
+        Ours.
+
+    Example:
+        >>> from lightning_lcnn.functional.linear_operators import conv_geometry
+        >>> weight, G = torch.full((1, 1, 1), 4.0), SharedGradient().lend(torch.ones(1, 1, 1))
+        >>> normalized_convolution(torch.ones(1, 1, 2), weight, None, None, G, conv_geometry((1,)))
+        tensor([[[1., 1.]]])
+    """
+    return _NormalizedConvolution.apply(x, weight, bias, log_gamma, gradient, geometry)
+
+
+class _NormalizedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_gamma: Tensor | None,
+        gradient: _Reader,
+        geometry: ConvGeometry,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, log_gamma)
+        ctx.gradient, ctx.geometry, ctx.scales_output = gradient, geometry, x.numel() < weight.numel()
+        scale = _scale(weight, log_gamma, gradient.value)[0]
+        if not ctx.scales_output:
+            return torch.convolution(x, weight * scale, bias, *_arguments(geometry))
+        output = torch.convolution(x, weight, None, *_arguments(geometry)).mul_(scale)
+        return output if bias is None else output.add_(bias.view(-1, *[1] * (x.ndim - 2)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, log_gamma = ctx.saved_tensors
+        scale, inverse = _scale(weight, log_gamma, ctx.gradient.value)
+        of_x, of_weight, of_bias, of_gamma = ctx.needs_input_grad[:4]
+        of_weight = of_weight or of_gamma
+        scaled = (grad * scale, weight) if ctx.scales_output else (grad, weight * scale)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            scaled[0], x, scaled[1], None, *_arguments(ctx.geometry), [of_x, of_weight, False]
+        )
+        grad_gamma = None
+        if of_weight:
+            again = torch.is_grad_enabled()  # somebody differentiates this backward: nothing may change in place
+            if not ctx.scales_output:
+                grad_weight = grad_weight * scale if again else grad_weight.mul_(scale)
+            grad_gamma = inner_product(grad_weight, weight)
+            correction = (ctx.gradient.value, grad_gamma * inverse)
+            add = grad_weight.addcmul if again else grad_weight.addcmul_
+            grad_weight = add(*correction, value=-1)
+        grad_bias = grad.sum([d for d in range(grad.ndim) if d != 1]) if of_bias else None
+        return grad_x, grad_weight, grad_bias, grad_gamma if of_gamma else None, None, None
+
+
+def _scale(weight: Tensor, log_gamma: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """γ/σ, and 1/σ or 0 where σ does not depend on the weight."""
+    sigma = inner_product(weight, gradient)
+    divisor = torch.where(sigma > 0, sigma, 1.0)
+    inverse = 1.0 / divisor
+    return inverse if log_gamma is None else log_gamma.exp() / divisor, inverse * (sigma > 0)
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a·b, 0-d, over two weights: by output channels, and over these in float64.
+
+    What is left of the gradient after the part along W is taken out may be far smaller, so that part must be accurate.
+
+    Example:
+        >>> inner_product(torch.ones(2, 3), torch.ones(2, 3))
+        tensor(6.)
+    """
+    return (a * b).sum(dim=list(range(1, a.ndim))).sum(dtype=torch.float64).to(a.dtype)
+
+
+def _arguments(geometry: ConvGeometry) -> tuple[Any, ...]:
+    padding = [before for before, _ in geometry.padding]
+    return geometry.stride, padding, geometry.dilation, False, [0] * len(padding), geometry.groups
