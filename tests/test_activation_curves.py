@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds.activations import CURVES, Curve, curve_of
-from lightning_lcnn.layers import CenteredSoftplus
+from lightning_lcnn.layers import CenteredSoftplus, PiecewiseSoftplus
 
 SMOOTH = [
     nn.Tanh(),
@@ -28,6 +28,8 @@ SMOOTH = [
     nn.Softsign(),
     nn.Tanhshrink(),
     CenteredSoftplus(3.0),
+    PiecewiseSoftplus(kinks=(0.0, 6.0), changes=(1.0, -1.0), beta=20.0),
+    PiecewiseSoftplus(kinks=(0.0,), changes=(0.99,), slope=0.01, beta=4.0),
 ]
 KINKED = [
     nn.ReLU(),
@@ -69,7 +71,7 @@ def derivatives(module: nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("module", SMOOTH, ids=str)
 def test_smooth_ranges_hold_and_are_attained(module: nn.Module) -> None:
     with torch.no_grad():
-        ranges = curve(module)
+        ranges = curve(module.double())
     assert not ranges.reason
     for values, (low, high) in zip(derivatives(module), (ranges.slope, ranges.bend), strict=True):
         # 1e-12: rounding of the derivative itself; 1e-6: between two points of the grid, or a limit at infinity

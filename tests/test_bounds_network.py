@@ -177,6 +177,12 @@ def test_overflow_is_infinite_and_never_nan() -> None:
         assert bound.slope > 1e100
 
 
+def test_one_number_for_each_example_is_an_output() -> None:
+    net = Function(lambda m, x: m.head(torch.tanh(x)).squeeze(1), head=nn.Linear(3, 1))
+    bounds = [network_bound(net, torch.zeros(1, 3), method) for method in ("fast", "tight")]
+    assert 0 < bounds[1].curvature <= bounds[0].curvature
+
+
 def test_dead_layers_give_zero_and_no_nan() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
     nn.init.zeros_(net[0].weight)
@@ -187,10 +193,6 @@ def test_dead_layers_give_zero_and_no_nan() -> None:
     surrogate = trace(net).surrogate()
     surrogate.log_ratio.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-
-
-def _hooked(m: nn.Module, x: Tensor) -> Tensor:
-    return m.linear(x)
 
 
 REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
@@ -214,6 +216,9 @@ REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (Function(lambda m, x: x.softmax(0)), (1, 3), "softmax over dimension 0"),
     (Function(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), (1, 1, 3, 3), "negative coefficients"),
     (Function(lambda m, x: x + torch.randn(3)), (1, 3), "random numbers in evaluation mode"),
+    (Function(lambda m, x: F.dropout(x)), (1, 3), "random numbers in evaluation mode"),
+    (Function(lambda m, x: x + x.to(torch.int64)), (1, 3), "its output is no floating-point tensor"),
+    (Function(lambda m, x: x + x.mean((2, 3))), (1, 2, 2, 2), "different numbers of dimensions"),
 ]
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lcnn.layers import CenteredSoftplus
+from lightning_lcnn.layers.activation import CenteredSoftplus
+from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 
 _KINK = "has a kink: its slope jumps, so its second derivative is unbounded"
 
@@ -145,6 +146,13 @@ def centered_softplus(beta: float | Tensor = 1.0) -> Curve:
     return Curve((0.0, 1.0), (0.0, beta / 4))
 
 
+def piecewise_softplus(changes: tuple[float, ...], slope: float, softplus: CenteredSoftplus) -> Curve:
+    steps = [slope + sum(changes[:count]) for count in range(len(changes) + 1)]
+    rising = sum(change for change in changes if change > 0)
+    unit = softplus.beta / 4
+    return Curve((min(steps), max(steps)), (unit * (sum(changes) - rising), unit * rising))
+
+
 def _two_lines(name: str, low: float, high: float) -> Curve:
     """Slope 1 to the right of 0 and between ``low`` and ``high`` to its left."""
     slope = (min(low, 1.0), max(high, 1.0))
@@ -181,6 +189,7 @@ CURVES: tuple[tuple[Callable[..., Curve], tuple[type, ...], tuple[object, ...]],
     (sine, (), (torch.sin, "sin", torch.cos, "cos")),
     (prelu, (nn.PReLU,), ()),
     (centered_softplus, (CenteredSoftplus,), ()),
+    (piecewise_softplus, (PiecewiseSoftplus,), ()),
 )
 
 

@@ -83,8 +83,12 @@ def backward_pass(network: MeasuredNetwork, forward: Forward, output: Gradient) 
         for source, part in zip(network.steps[i].inputs, _pull_back(network, forward, i, gradient), strict=True):
             gradients[source] = gradients[source] + part if source in gradients else part
     slope = gradients[0].tightened().norm
-    known = [value.nan_to_num(nan=math.inf, posinf=math.inf) for value in (slope, positive, negative)]
-    return BackwardBounds(*known, contributions)  # NaN: ∞ - ∞ where a deep network overflowed
+    return BackwardBounds(_known(slope), _known(positive), _known(negative), contributions)
+
+
+def _known(values: Tensor) -> Tensor:
+    """Infinity for NaN: ∞ - ∞ where a deep network overflowed."""
+    return values.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _pull_back(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gradient) -> list[Gradient]:

@@ -70,7 +70,6 @@ class Call:
     function: Callable[..., Any] | str  # a string names a method
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    training: bool
 
     @property
     def name(self) -> str:
@@ -152,13 +151,6 @@ def _concat(call: Call) -> Piece:
 
 
 def _identity(call: Call) -> Piece:
-    return Rearrange()
-
-
-def _dropout(call: Call) -> Piece:
-    options = call.bind("p", "training", "inplace", p=0.5, training=True)
-    if options["training"] and not call.training:  # dropout that stays on in evaluation mode
-        return Scale(partial(float, 1 / (1 - options["p"])))
     return Rearrange()
 
 
@@ -250,8 +242,9 @@ def _fill_rules() -> None:
     _register(_negation, operator.neg, torch.neg, "neg")
     _register(_concat, torch.cat, torch.concat, torch.concatenate)
     _register(_identity, "contiguous", "clone", "detach", "float", "double", "to", "type", "type_as", torch.clone)
+    # a dropout that stays on in evaluation mode shows when the graph's output is compared with the model's
     dropouts = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-    _register(_dropout, *dropouts)
+    _register(_identity, *dropouts)
     _register(_reshaping, torch.flatten, "flatten", "unflatten", "view", "reshape", torch.reshape)
     _register(_reshaping, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze)
     _register(_replayed, "permute", torch.permute, "transpose", torch.transpose, operator.getitem)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
-from lightning_lcnn.bounds.pieces import Diagonal, LayerBound, Shape, Weight
+from lightning_lcnn.bounds.pieces import Diagonal, LayerBound, Scale, Shape, Sum, Weight
 from lightning_lcnn.bounds.shapes import record_shapes
 from lightning_lcnn.bounds.steps import Step, build_steps
 from lightning_lcnn.bounds.tracing import record
@@ -87,11 +87,19 @@ def _certified(network: MeasuredNetwork) -> tuple[LayerBound, ...]:
     bounds: list[LayerBound] = []
     for i, step in enumerate(network.steps):
         try:
+            _check_ranks(network, i)
             bound = step.piece.certify(network.input_shape(i), network.shapes[i])
         except ValueError as error:
             raise ValueError(f"`model` has no bound at '{step.name}' ({step.kind}): {error}") from error
         bounds.append(_folded(network, i, bounds, bound))
     return tuple(bounds)
+
+
+def _check_ranks(network: MeasuredNetwork, i: int) -> None:
+    """Broadcasting between different ranks would align the batch with another dimension."""
+    ranks = {len(network.shapes[j]) for j in (i, *network.steps[i].inputs)}
+    if isinstance(network.steps[i].piece, Sum | Scale) and len(ranks) > 1:
+        raise ValueError("its operands have different numbers of dimensions, so broadcasting couples the batch")
 
 
 def _folded(network: MeasuredNetwork, i: int, bounds: list[LayerBound], alone: LayerBound) -> LayerBound:

@@ -33,7 +33,6 @@ from lightning_lcnn.bounds.pooling_rules import (
     windows,
 )
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
-from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
@@ -255,4 +254,3 @@ def _constant_pad(module: nn.ConstantPad2d) -> Piece:
 _fill()
 register_rule(nn.Softmax, lambda module, shape: softmax_bound(module.dim, shape))
 register_rule(nn.LogSoftmax, lambda module, shape: log_softmax_bound(module.dim, shape))
-register_rule(PiecewiseSoftplus, lambda module, shape: LayerBound(module.slope_bound(), module.curvature_bound()))

@@ -70,7 +70,7 @@ def fast_bound(network: MeasuredNetwork) -> NetworkBound:
     share = shares(recursion, segments, contributions).tolist()
     jumps = any(math.isinf(float(bound.slope)) for bound in network.bounds)
     total = _exp(log_curvature[-1]) * INFLATION
-    own = {i: s * total for i, s in zip(recursion.occurrences, share, strict=True)}
+    own = {i: s * total for i, s in zip(recursion.occurrences, share, strict=True) if s > 0}
     own |= {i: math.inf for i, bound in enumerate(network.bounds) if math.isinf(float(bound.curvature))}
     cumulative = [_exp(value) * INFLATION for value in log_slope]
     slope = math.inf if jumps else cumulative[-1]

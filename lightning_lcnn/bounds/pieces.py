@@ -20,6 +20,7 @@ from lightning_lcnn.bounds.activations import Curve
 from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.layers.activation import CenteredSoftplus
+from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 
 Shape = tuple[int, ...]
@@ -92,6 +93,8 @@ class Activation(Piece):
         if type(self.module) is CenteredSoftplus:
             log_beta = self.module.log_beta
             return (log_beta if log_beta.dim() == 0 else log_beta.amax()) - math.log(4)
+        if type(self.module) is PiecewiseSoftplus:
+            return _log(self.module.curvature_bound())
         bend = max_magnitude(self.read().bend)
         return math.log(bend) if 0 < bend < math.inf else None
 

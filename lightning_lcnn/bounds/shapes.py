@@ -20,7 +20,7 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it returned."""
         result = super().run_node(n)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and result.is_floating_point():
             self.shapes[n.name] = tuple(result.shape)
         return result
 
@@ -52,13 +52,17 @@ def record_shapes(model: nn.Module, graph: fx.Graph, steps: Sequence[Step], exam
             "causes: random numbers in evaluation mode, an in-place change through another name, a forward hook that "
             "changes values."
         )
-    return [_example_shape(step, recorder.shapes[step.node]) for step in steps]
+    return [_example_shape(step, recorder.shapes.get(step.node)) for step in steps]
 
 
-def _example_shape(step: Step, shape: Shape) -> Shape:
+def _example_shape(step: Step, shape: Shape | None) -> Shape:
+    if shape is None:
+        raise ValueError(
+            f"`model` has no bound at '{step.name}' ({step.kind}): its output is no floating-point tensor."
+        )
     if len(shape) == 0 or shape[0] != 2:
         raise ValueError(
             f"`model` couples the examples of a batch at '{step.name}' ({step.kind}): for two examples its output has "
             f"shape {shape}, whose first dimension is not the batch. Keep dimension 0 as the batch throughout."
         )
-    return (1, *shape[1:])
+    return (1, *(shape[1:] or (1,)))  # one number for each example counts as a vector of length 1

@@ -76,9 +76,9 @@ class _Builder:
         args = _replace(node.args, self.values)
         kwargs = {name: _replace(value, self.values) for name, value in node.kwargs.items()}
         if node.op == "call_module":
-            return self._module(node, Call(str(node.target), args, kwargs, self.model.training))
+            return self._module(node, Call(str(node.target), args, kwargs))
         target: Any = node.target
-        return self._function(node, Call(target, args, kwargs, self.model.training))
+        return self._function(node, Call(target, args, kwargs))
 
     def _input(self, node: fx.Node) -> Any:
         if not self.steps:
