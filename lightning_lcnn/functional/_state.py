@@ -28,7 +28,7 @@ def preserved_random_state(device: torch.device, seed: int | None = None) -> Ite
     numpy: Any = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
-    devices = [] if device.type in ("cpu", "meta") else [device]
+    devices = [device] if device.type in ("cuda", "xpu") else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
             if seed is not None:

@@ -129,7 +129,9 @@ def common_directions(x: Tensor, number: int, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # always drawn in double precision: float32 and float64 runs then use the same directions
-    return torch.randn(number, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(x.device, dtype)
+    return (
+        torch.randn(number, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(dtype).to(x.device)
+    )
 
 
 def _orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,11 @@ def _orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def _fresh_direction(basis: Tensor, generator: torch.Generator) -> Tensor:
     """Random unit vectors (B, n) orthogonal to ``basis`` (B, k, n) with k < n."""
     while True:
-        direction = torch.randn(basis.shape[2], generator=generator, dtype=torch.float64, device="cpu").to(basis)
+        direction = (
+            torch.randn(basis.shape[2], generator=generator, dtype=torch.float64, device="cpu")
+            .to(basis.dtype)
+            .to(basis.device)
+        )
         vectors, _ = _orthogonalise(direction.expand(len(basis), -1), basis)
         length = safe_norm(vectors).unsqueeze(1)
         # a start vector drawn with the same seed lies in the span of the basis up to rounding

@@ -30,7 +30,13 @@ class AdversarialAccuracy(MeasuringMetric):
 
     An upper estimate of the true robust accuracy: a stronger attack may break more. Only examples that are still right
     are attacked, in order of growing radius, so the accuracy never rises with the radius. The user's model keeps its
-    modes, gradients and hooks, and the global random state stays.
+    modes, gradients and hooks, and the global random state stays. An attack of foolbox::
+
+        def attack(model, x, target, radius):
+            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+            return foolbox.attacks.L2PGD(steps=20)(wrapped, x, target, epsilons=radius)[1]
+
+        AdversarialAccuracy(radius=0.25, attack=attack)
 
     Args:
         radius: of the perturbation in ``norm``, in the units of ``bounds``; several give the curve over the radius.
