@@ -183,6 +183,13 @@ def test_one_number_for_each_example_is_an_output() -> None:
     assert 0 < bounds[1].curvature <= bounds[0].curvature
 
 
+def test_numbers_from_the_shape_serve_the_bound_but_not_the_surrogate() -> None:
+    net = Function(lambda m, x: torch.tanh(x).view(x.size(0), x.shape[1] * 2))
+    assert network_bound(net, torch.zeros(1, 3, 2)).slope == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"no surrogate at 'truediv' .* computed from the input's shape"):
+        trace(Function(lambda m, x: x / x.shape[1]))
+
+
 def test_dead_layers_give_zero_and_no_nan() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
     nn.init.zeros_(net[0].weight)
@@ -203,7 +210,11 @@ REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), (2, 3), "keeps no running statistics"),
     (nn.Sequential(nn.Hardshrink()), (1, 3), "it jumps"),
     (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), (1, 1, 3, 3), r"\(ConvTranspose2d\): no rule is known"),
-    (Function(lambda m, x: m.attention(x, x, x)[0], attention=nn.MultiheadAttention(4, 1)), (1, 2, 4), "attention"),
+    (
+        Function(lambda m, x: m.attention(x, x, x)[0], attention=nn.MultiheadAttention(4, 1)),
+        (1, 2, 4),
+        r"multiplies activations",
+    ),
     (Function(lambda m, x: x * x), (1, 3), r"`mul` in the forward of the model: the product of two activations"),
     (Function(lambda m, x: 1 / x), (1, 3), "division by an activation"),
     (Function(lambda m, x: x.cumsum(1)), (1, 3), r"`cumsum`.*register_rule\(Module"),
@@ -216,6 +227,9 @@ REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (Function(lambda m, x: x.softmax(0)), (1, 3), "softmax over dimension 0"),
     (Function(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), (1, 1, 3, 3), "negative coefficients"),
     (Function(lambda m, x: x + torch.randn(3)), (1, 3), "random numbers in evaluation mode"),
+    (Function(lambda m, x: x + torch.cat(x.chunk(3, 1), 1)), (1, 3), "all parts of a split at once"),
+    (Function(lambda m, x: x + torch.stack(x.chunk(3, 1)[:2], 0)[0]), (1, 3), "all parts of a split at once"),
+    (Function(lambda m, x: x + x.mT), (1, 3, 3), "`getattr` in the forward of the model: no rule is known"),
     (Function(lambda m, x: F.dropout(x)), (1, 3), "random numbers in evaluation mode"),
     (Function(lambda m, x: x + x.to(torch.int64)), (1, 3), "its output is no floating-point tensor"),
     (Function(lambda m, x: x + x.mean((2, 3))), (1, 2, 2, 2), "different numbers of dimensions"),

@@ -108,8 +108,11 @@ class CurvatureGraph:
     def _node(self, step: Step) -> Node:
         if isinstance(step.piece, Sum | Concat):
             return Node(step.inputs, join="concat" if isinstance(step.piece, Concat) else "sum")
-        slope = _fixed_or_leaf(step.piece.log_slope(), step, self._slope_leaves)
-        bend = step.piece.log_bend()
+        try:
+            log_slope, bend = step.piece.log_slope(), step.piece.log_bend()
+        except ValueError as error:
+            raise ValueError(f"`model` has no surrogate at '{step.name}' ({step.kind}): {error}.") from error
+        slope = _fixed_or_leaf(log_slope, step, self._slope_leaves)
         return Node(step.inputs, "", slope, None if bend is None else _fixed_or_leaf(bend, step, self._bend_leaves))
 
 

@@ -15,7 +15,8 @@ from lightning_lcnn.bounds.function_rules import FUNCTION_RULES, Call, Constant,
 from lightning_lcnn.bounds.module_rules import REFUSED, has_rule, piece_of
 from lightning_lcnn.bounds.pieces import Piece, Rearrange, Shape
 
-_SIZES = ("size", "dim", "numel", "ndimension", "new_zeros", "new_ones", getattr, torch.zeros_like)
+_SIZES = ("size", "dim", "numel", "ndimension", "new_zeros", "new_ones", torch.zeros_like)
+_SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
 _SPLITS = (torch.chunk, torch.split, torch.unbind, torch.tensor_split, "chunk", "split", "unbind", "tensor_split")
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -93,21 +94,22 @@ class _Builder:
 
     def _module(self, node: fx.Node, call: Call) -> Any:
         module = self.modules[str(node.target)]
-        if len(call.signals) != 1:
-            raise ValueError(f"{self._where(node)} takes {len(call.signals)} tensors of the network, expected one.")
         if not has_rule(module):
-            reason = REFUSED.get(type(module), "no rule is known for this class")
-            raise ValueError(self._refusal(node, reason))
+            raise ValueError(self._refusal(node, REFUSED.get(type(module), "no rule is known for this class")))
+        if len(call.signals) != 1:
+            raise ValueError(self._refusal(node, f"it takes {len(call.signals)} tensors of the network, expected one"))
         return self._append(node, partial(piece_of, module), call.signals, module)
 
     def _function(self, node: fx.Node, call: Call) -> Any:
-        if call.function is operator.getitem and isinstance(call.args[0], _Split):
+        if call.function is operator.getitem and isinstance(call.args[0], _Split) and isinstance(call.args[1], int):
             split = call.args[0].call
             piece = Rearrange(partial(_take, split, call.args[1]))
             return self._append(node, lambda: piece, split.signals)
+        if _holds_split((call.args, tuple(call.kwargs.values()))):
+            raise ValueError(self._refusal(node, "it takes all parts of a split at once; take them by their index"))
         if not call.signals:
             return _constant(call)
-        if call.function in _SIZES:
+        if call.function in _SIZES or (call.function is getattr and call.args[1] in _SIZE_ATTRIBUTES):
             return Constant(unknown_size)
         if call.function in _SPLITS:
             return _Split(call)
@@ -162,6 +164,10 @@ class _Split:
     """A call that returns a tuple of tensors, of which elements are taken later."""
 
     call: Call
+
+
+def _holds_split(value: Any) -> bool:
+    return isinstance(value, _Split) or (isinstance(value, tuple) and any(map(_holds_split, value)))
 
 
 def _take(split: Call, index: int, x: Tensor, output_shape: Shape) -> Tensor:
