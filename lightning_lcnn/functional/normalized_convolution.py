@@ -86,7 +86,7 @@ class _NormalizedConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, log_gamma)
         ctx.gradient, ctx.geometry, ctx.scales_output = gradient, geometry, x.numel() < weight.numel()
-        scale = _scale(weight, log_gamma, gradient.value)[0]
+        ctx.factors = scale, _ = _scale(weight, log_gamma, gradient.value)
         if not ctx.scales_output:
             return torch.convolution(x, weight * scale, bias, *_arguments(geometry))
         output = torch.convolution(x, weight, None, *_arguments(geometry)).mul_(scale)
@@ -95,7 +95,8 @@ class _NormalizedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, log_gamma = ctx.saved_tensors
-        scale, inverse = _scale(weight, log_gamma, ctx.gradient.value)
+        again = torch.is_grad_enabled()  # somebody differentiates this backward: nothing may change in place
+        scale, inverse = _scale(weight, log_gamma, ctx.gradient.value) if again else ctx.factors
         of_x, of_weight, of_bias, of_gamma = ctx.needs_input_grad[:4]
         of_weight = of_weight or of_gamma
         scaled = (grad * scale, weight) if ctx.scales_output else (grad, weight * scale)
@@ -104,7 +105,6 @@ class _NormalizedConvolution(torch.autograd.Function):
         )
         grad_gamma = None
         if of_weight:
-            again = torch.is_grad_enabled()  # somebody differentiates this backward: nothing may change in place
             if not ctx.scales_output:
                 grad_weight = grad_weight * scale if again else grad_weight.mul_(scale)
             grad_gamma = inner_product(grad_weight, weight)
