@@ -66,7 +66,7 @@ class Stranger(LCNNMixin, Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = small_net(seed=int(os.environ.get("LOCAL_RANK", 0)))
+        self.net = small_net(seed=int(os.environ.get("LOCAL_RANK", 0)), gamma=50.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)

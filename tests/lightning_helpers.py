@@ -33,13 +33,13 @@ FILTERS = [
 ]
 
 
-def small_net(seed: int = 0) -> nn.Sequential:
+def small_net(seed: int = 0, gamma: float = 0.5) -> nn.Sequential:
     """Convolution, batch norm, activation, linear layer; for inputs (B, 1, 6, 6) and 3 classes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
             SpectralConv2d(1, 4, 3, padding=1, input_size=(6, 6)),
-            LipschitzBatchNorm2d(4, gamma=0.5),
+            LipschitzBatchNorm2d(4, gamma=gamma),
             CenteredSoftplus(beta=4.0),
             nn.Flatten(),
             SpectralLinear(4 * 36, 8, gamma=2.0),
