@@ -38,15 +38,15 @@ from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LIPSCHITZ_NORMS = (LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d)
-_BATCH_FREE = "it normalises by statistics of its own input, whose derivative is unbounded near constant inputs"
+_OWN_STATISTICS = "it normalises by statistics of its own input, and only 1/√ε (300 by default) bounds its slope"
 _PRODUCT = "it multiplies activations by activations, which has no finite slope on unbounded inputs"
 REFUSED: dict[type, str] = {
-    nn.LayerNorm: _BATCH_FREE,
-    nn.GroupNorm: _BATCH_FREE,
-    nn.InstanceNorm1d: _BATCH_FREE,
-    nn.InstanceNorm2d: _BATCH_FREE,
-    nn.InstanceNorm3d: _BATCH_FREE,
-    nn.LocalResponseNorm: _BATCH_FREE,
+    nn.LayerNorm: _OWN_STATISTICS,
+    nn.GroupNorm: _OWN_STATISTICS,
+    nn.InstanceNorm1d: _OWN_STATISTICS,
+    nn.InstanceNorm2d: _OWN_STATISTICS,
+    nn.InstanceNorm3d: _OWN_STATISTICS,
+    nn.LocalResponseNorm: _OWN_STATISTICS,
     nn.MultiheadAttention: _PRODUCT,
     nn.TransformerEncoderLayer: _PRODUCT,
     nn.TransformerDecoderLayer: _PRODUCT,
