@@ -73,7 +73,7 @@ def _plain(module: Any) -> nn.Module | None:
 
 
 def _fixed(module: CenteredSoftplus) -> CenteredSoftplus:
-    new = CenteredSoftplus(learnable=False, num_channels=module.num_channels)
+    new = CenteredSoftplus(learnable=False, num_channels=module.num_channels, inplace=module.inplace)
     new.log_beta = module.log_beta.detach().clone()
     return new
 

@@ -26,7 +26,7 @@ from lightning_lcnn.layers import (
 )
 
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
-    nn.ReLU: lambda old, beta: CenteredSoftplus(beta),
+    nn.ReLU: lambda old, beta: CenteredSoftplus(beta, inplace=old.inplace),
     nn.ReLU6: lambda old, beta: PiecewiseSoftplus((0.0, 6.0), (1.0, -1.0), beta=beta),
     nn.LeakyReLU: lambda old, beta: PiecewiseSoftplus(
         (0.0,), (1.0 - old.negative_slope,), slope=old.negative_slope, beta=beta

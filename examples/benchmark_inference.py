@@ -1,0 +1,99 @@
+"""Time of inference: the folded low-curvature ResNet-18 against the plain one with ReLU.
+
+    python examples/benchmark_inference.py [--size WIDTH:BATCH ...] [--compile] [--device cuda --bf16] ...
+
+Prints a Markdown table; ratios are medians over the rounds of the ratio to the plain network in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from benchmarking import interleaved_seconds, machine, peak_memory, ratio, table
+from torch import nn
+
+from lightning_lcnn import fold
+from lightning_lcnn.layers import CenteredSoftplus
+from lightning_lcnn.models import resnet18
+
+PLAIN = "ReLU"
+
+
+def with_relu(network: nn.Module) -> nn.Module:
+    """Replace every centered softplus by ReLU: what is left is the cost of everything else."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, CenteredSoftplus):
+                setattr(module, name, nn.ReLU(inplace=True))
+    return network
+
+
+def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Inference of one batch by each network."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, device=options.device)
+    plain, ours = resnet18(10, width), resnet18(10, width, low_curvature=True)
+    networks = {
+        PLAIN: plain,
+        "ReLU, batch norm fused": fold(resnet18(10, width, low_curvature=True), images.cpu(), batch_norm="fuse"),
+        "low curvature": ours,
+        "folded": fold(ours),
+        "folded, batch norm fused": fold(ours, images.cpu(), batch_norm="fuse"),
+        "folded, with ReLU": with_relu(fold(ours)),
+    }
+    with_relu(networks["ReLU, batch norm fused"])
+
+    def task(network: nn.Module) -> Callable[[], torch.Tensor]:
+        network = network.to(options.device).eval()
+        if options.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        called = torch.compile(network) if options.compile else network
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
+                return called(images)
+
+        return run
+
+    if options.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    return {name: task(network) for name, network in networks.items()}
+
+
+def measure(options: argparse.Namespace, width: int, batch: int) -> str:
+    """Table of one size."""
+    tasks = build(options, width, batch)
+    seconds = interleaved_seconds(tasks, options.rounds, options.device)
+    memory = {name: peak_memory(task, options.device) for name, task in tasks.items()}
+    rows = [("", "ms", "time ratio", "peak MB of activations", "memory ratio")]
+    for name in tasks:
+        times = f"{1e3 * median(seconds[name]):.0f}", f"{ratio(seconds, name, PLAIN):.2f}"
+        rows.append((name, *times, f"{memory[name] / 2**20:.0f}", f"{memory[name] / memory[PLAIN]:.2f}"))
+    return table(rows)
+
+
+def main() -> None:
+    """Parse the command line and print one table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", default=["16:128", "64:32"], metavar="WIDTH:BATCH")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="compile every network")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine(options.device))
+    for size in options.size:
+        width, batch = map(int, size.split(":"))
+        print(f"\nResNet-18 of width {width}, 32×32 images, batch {batch}, inference\n")
+        print(measure(options, width, batch), flush=True)
+
+
+if __name__ == "__main__":
+    main()
