@@ -62,4 +62,3 @@ def test_tight_bound_is_near_the_largest_curvature_found(build: object, limit: f
     fast, tight = (network_bound(net, x[:1], method).curvature for method in ("fast", "tight"))
     assert found <= tight <= limit * found
     assert tight < 0.35 * fast
-
