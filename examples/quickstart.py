@@ -9,6 +9,7 @@ TensorBoard curves of slope and curvature per layer, a table, and the picture co
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lcnn import CurvatureMonitor, LCNNMixin, lcnn_parameter_groups, to_low_curvature
-from lightning_lcnn.bounds import NetworkBound, network_bound
+from lightning_lcnn.bounds import NetworkBound, network_bound, trace
 from lightning_lcnn.functional import (
     gradient_stability,
     input_gradient_norm,
@@ -106,6 +107,7 @@ class Result:
     seconds: float
     accuracy: float
     bound: NetworkBound
+    estimate: tuple[float, float]  # slope and curvature by the recursion that the penalty lowers
     measures: dict[str, float] = field(default_factory=dict)
     curvature: Tensor = field(default_factory=lambda: torch.empty(0))
     changes: list[float] = field(default_factory=list)  # of the gradient, for noise of each radius
@@ -134,7 +136,11 @@ def train(name: str, model: L.LightningModule, args: argparse.Namespace, data: t
     network = model.eval().network
     images, labels = data[1].tensors
     bound = network_bound(network, images[:1], method="tight" if low_curvature else "fast")
-    result = Result(name, seconds, scores["test_accuracy"], bound)
+    estimate = (math.nan, math.nan)  # nothing is trained for it
+    if low_curvature:
+        surrogate = trace(network).surrogate()
+        estimate = (surrogate.log_slope.exp().item(), surrogate.log_curvature.exp().item())
+    result = Result(name, seconds, scores["test_accuracy"], bound, estimate)
     measure(result, network, images, labels)
     return result
 
@@ -179,6 +185,8 @@ def table(results: list[Result]) -> str:
         rows.append((f"gradient change under noise, ℓ₂ {radius}", *(f"{100 * r.changes[i]:.1f} %" for r in results)))
     for i, radius in enumerate(RADII):
         rows.append((f"accuracy under attack, ℓ₂ {radius}", *(f"{100 * r.attacked[i]:.1f} %" for r in results)))
+    rows.append(("training estimate of the slope", *(_number(r.estimate[0]) for r in results)))
+    rows.append(("training estimate of the curvature", *(_number(r.estimate[1]) for r in results)))
     rows.append(("certified slope bound", *(f"{r.bound.slope:.4g}" for r in results)))
     rows.append(("certified curvature bound", *(f"{r.bound.curvature:.4g}" for r in results)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -188,6 +196,10 @@ def table(results: list[Result]) -> str:
         )
         for row in rows
     )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def picture(results: list[Result], images: Tensor, path: Path) -> None:
