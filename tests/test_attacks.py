@@ -355,3 +355,21 @@ def test_a_missing_library_names_the_extra(monkeypatch):
 def test_bad_arguments_of_the_built_in_attack(arguments, message):
     with pytest.raises(ValueError, match=message):
         projected_gradient_attack(nn.Identity(), torch.rand(1, 2), torch.tensor([0]), **arguments)
+
+
+def test_attack_that_brings_its_own_radius() -> None:
+    x, target = torch.tensor([[0.5, 0.2], [0.9, 0.1]]), torch.tensor([0, 0])
+    shift = torch.tensor([-0.2, 0.2])
+    metric = AdversarialAccuracy(attack=lambda model, x, target: x + shift, full=True, norm="linf")
+    metric.update(torch.nn.Identity(), x, target)
+    result = metric.compute()
+    assert result["robust_accuracy"] == 0.5
+    torch.testing.assert_close(result["max_perturbation"], torch.tensor(0.2))
+    named = AdversarialAccuracy(attack="FGSM", attack_kwargs={"eps": 0.2}, norm="linf")
+    named.update(torch.nn.Identity(), x, target)
+    assert named.compute() == 0.5
+    with pytest.raises(ValueError, match="`radius` must be given for the built-in attack"):
+        AdversarialAccuracy()
+    needy = AdversarialAccuracy(attack=lambda model, x, target, radius: x)
+    with pytest.raises(RuntimeError, match="pass `radius` to AdversarialAccuracy"):
+        needy.update(torch.nn.Identity(), x, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class AdversarialAccuracy(MeasuringMetric):
 
     Args:
         radius: of the perturbation in ``norm``, in the units of ``bounds``; several give the curve over the radius.
+            None for an attack that brings its own: its perturbations are measured and not limited.
         attack: None for projected gradient descent on the margin; the name of a torchattacks class (``"PGDL2"``); a
             class; a factory ``f(model)`` or ``f(model, radius)`` of instances; or any ``f(model, x, target)`` that
             returns the adversarial inputs and may take ``radius``.
@@ -85,7 +87,7 @@ class AdversarialAccuracy(MeasuringMetric):
 
     def __init__(
         self,
-        radius: float | Sequence[float],
+        radius: float | Sequence[float] | None = None,
         attack: Any = None,
         norm: str = "l2",
         *,
@@ -101,17 +103,20 @@ class AdversarialAccuracy(MeasuringMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(max_examples, **kwargs)
-        radii = [radius] if isinstance(radius, int | float) else list(radius)
-        for value in radii:
+        if radius is None and attack is None:
+            raise ValueError("`radius` must be given for the built-in attack; only one of your own may bring it.")
+        radii = [radius] if isinstance(radius, int | float) else list([math.inf] if radius is None else radius)
+        for value in radii if radius is not None else ():
             check_positive("radius", value)
         if not radii:
             raise ValueError("`radius` must name at least one radius, got none.")
         check_choice("norm", norm, NORMS)
         check_choice("over_budget", over_budget, ("raise", "ignore"))
         check_int("seed", seed, minimum=0)
+        radius_argument = None if radius is None else radius_argument
         resolve_attack(attack, attack_kwargs or {}, radius_argument, norm, bounds)
         self.radii = sorted(float(value) for value in radii)
-        self.scalar = isinstance(radius, int | float)
+        self.scalar = radius is None or isinstance(radius, int | float)
         self.attack = attack
         self.norm = norm
         self.attack_kwargs = dict(attack_kwargs or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,18 +129,29 @@ def _from_callable(attack: Any) -> Attack:
     required = sum(p.kind in positional and p.default is p.empty for p in parameters.values())
     forms: dict[int, Callable[..., Tensor]] = {
         1: lambda model, x, target, radius: _call(attack(model), x, target),
-        2: lambda model, x, target, radius: _call(attack(model, radius), x, target),
+        2: lambda model, x, target, radius: _call(attack(model, *_needed(radius)), x, target),
         3: lambda model, x, target, radius: attack(model, x, target),
-        4: attack,
+        4: lambda model, x, target, radius: attack(model, x, target, *_needed(radius)),
     }
     if required == 3 and "radius" in parameters:
-        return lambda model, x, target, radius: attack(model, x, target, radius=radius)
+        return lambda model, x, target, radius: attack(model, x, target, **_finite(radius))
     if required not in forms:
         raise TypeError(
             "`attack` must take (model), (model, radius), (model, x, target) or (model, x, target, radius), got "
             f"{inspect.signature(attack)}."
         )
     return forms[required]
+
+
+def _finite(radius: float) -> dict[str, float]:
+    """The radius as an argument, or nothing where the metric has none."""
+    return {"radius": radius} if math.isfinite(radius) else {}
+
+
+def _needed(radius: float) -> tuple[float]:
+    if not math.isfinite(radius):
+        raise ValueError("the attack takes a radius: pass `radius` to AdversarialAccuracy")
+    return (radius,)
 
 
 @dataclass(frozen=True, eq=False)
