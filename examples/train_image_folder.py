@@ -9,6 +9,7 @@ DIR/train/<class>/*.jpg and, if there is one, DIR/test/<class>/*.jpg. Curves go 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lcnn import CurvatureMonitor, LCNNMixin, lcnn_parameter_groups, models
+from lightning_lcnn import CurvatureMonitor, LCNNMixin, lcnn_parameter_groups, models, to_low_curvature
 from lightning_lcnn.metrics import AdversarialAccuracy, GradientStability, NormalizedCurvature
 from lightning_lcnn.penalties import CurvaturePenalty
 
@@ -69,11 +70,14 @@ class LowCurvatureClassifier(LCNNMixin, Classifier):
 
 
 class Measures(L.LightningModule):
-    """Test accuracy, curvature, gradient stability and adversarial accuracy of any network."""
+    """Test accuracy, curvature, gradient stability and adversarial accuracy of any network.
 
-    def __init__(self, network: torch.nn.Module, num_classes: int, examples: int) -> None:
+    A ReLU network has no Hessian where it bends; its curvature is that of ``smooth``, a copy with β = 1000.
+    """
+
+    def __init__(self, network: torch.nn.Module, smooth: torch.nn.Module, num_classes: int, examples: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.smooth = network, smooth
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.curvature = NormalizedCurvature(max_examples=examples)
         self.loss_curvature = NormalizedCurvature(output="loss", max_examples=examples)
@@ -83,8 +87,9 @@ class Measures(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         self.accuracy(self.network(images), labels)
-        for metric in (self.curvature, self.loss_curvature, self.stability, self.robust):
-            metric.update(self.network, images, labels)
+        for metric in (self.curvature, self.loss_curvature, self.stability):
+            metric.update(self.smooth, images, labels)
+        self.robust.update(self.network, images, labels)
 
 
 def arguments() -> argparse.Namespace:
@@ -134,7 +139,10 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(classifier, datamodule=data)
-    measures = Measures(classifier.eval(), len(data.classes), args.measure)
+    smooth = copy.deepcopy(classifier.eval())
+    if args.standard:
+        smooth.network = to_low_curvature(classifier.network, torch.zeros(1, 3, args.size, args.size), beta=1000.0)
+    measures = Measures(classifier, smooth, len(data.classes), args.measure)
     trainer.test(measures, datamodule=data, verbose=False)
     print(json.dumps(summary(measures), indent=2))
     torch.save(classifier.network.state_dict(), args.output / "weights.pt")
