@@ -18,8 +18,8 @@ from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral
 class PowerIteration(Callback):
     r"""Refresh the spectral norm of every spectral layer every few optimizer steps.
 
-    .. math:: u = \frac{W v}{\|W v\|}, \quad v = \frac{W^\top u}{\|W^\top u\|}, \quad σ(W) = \langle W, G \rangle, \quad
-              G = \partial (u^\top W v) / \partial W
+    .. math:: v ← W^\top W \, T_{k-1}(W^\top W / c - 1) \, v, \quad u = \frac{W v}{\|W v\|}, \quad
+              G = \partial (u^\top W v) / \partial W, \quad σ(W) = \langle W, G \rangle
 
     At the start of a fit every layer is iterated to convergence. A resumed fit goes on from the vectors in the
     checkpoint, at the same steps as without the interruption. The result depends only on weights and vectors, so
@@ -30,8 +30,11 @@ class PowerIteration(Callback):
     :class:`~lightning_lcnn.LCNNMixin` adds this callback with its defaults where the trainer has none.
 
     Args:
-        every_n_steps: Optimizer steps between refreshes. At 10, a refresh costs 0.5 to 2.5 % of the convolutions.
-        num_iterations: Power iterations in each refresh, warm-started; one keeps up with ordinary learning rates.
+        every_n_steps: Optimizer steps between refreshes. At 10, they cost 0.7 % of the training of a ResNet-18 of width
+            16 at batch 128, and 2 % of width 64 at batch 32.
+        num_iterations: Products k with each layer and with its adjoint in a refresh. One loses track where singular
+            vectors overtake each other: σ fell short by 8 % on average after 100 steps of SGD at 0.05 (ResNet-18 of
+            width 8), by 0.5 % with 5.
         tolerance: Relative residual of σ² at which the convergence at the start stops.
         max_iterations: Iterations after which it stops in any case, with a warning.
 
@@ -40,7 +43,8 @@ class PowerIteration(Callback):
         ValueError: If an argument is out of range; at setup, under FSDP1 and DeepSpeed ZeRO stage 3.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2, refreshes in every forward; the constant G and the interval are ours.
+        LCNN (Srinivas et al., 2022) refreshes in every forward; the constant G, the interval and the Chebyshev filter
+        T (:func:`~lightning_lcnn.functional.filtered_power_iteration`) are ours.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -50,7 +54,7 @@ class PowerIteration(Callback):
     def __init__(
         self,
         every_n_steps: int = 10,
-        num_iterations: int = 1,
+        num_iterations: int = 5,
         tolerance: float = 1e-3,
         max_iterations: int = 240,
     ) -> None:

@@ -32,6 +32,7 @@ from lightning_lcnn.functional.penalties import (
 from lightning_lcnn.functional.pooling import log_mean_exp_pool2d
 from lightning_lcnn.functional.power_iteration import (
     SingularTriplet,
+    filtered_power_iteration,
     largest_singular_triplet,
     power_iteration,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "centered_softplus",
     "clip_factor",
     "conv_norm_bound",
+    "filtered_power_iteration",
     "gradient_stability",
     "input_gradient_norm",
     "input_hessian_norm",

@@ -71,6 +71,57 @@ def power_iteration(
     return SingularTriplet(value, left, right, residual, num_iterations)
 
 
+def filtered_power_iteration(
+    apply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    start: Tensor,
+    num_iterations: int = 5,
+) -> SingularTriplet:
+    r"""Power iteration behind a Chebyshev filter, without host synchronisation: for a slowly changing operator.
+
+    With :math:`c = 0.9\,\|A v\|^2 / 2` the filter is :math:`T_{k-1}(A^\top A / c - 1)\, v`, by its recurrence. It damps
+    singular values below :math:`\sqrt{0.9}` of the present estimate and raises those above by far more than powers do,
+    7 instead of 1.7 times at :math:`k = 5`. One power iteration follows. When a layer's second singular value
+    overtakes its first, plain powers take hundreds of steps to notice.
+
+    Args:
+        apply: v -> A v.
+        adjoint: u -> Aᵀ u.
+        start: unit vector of any shape that ``apply`` takes; kept, up to its sign, where the operator is zero.
+        num_iterations: k, products with A and with Aᵀ, each; at least 1, which is :func:`power_iteration`.
+
+    Returns:
+        The triplet, with σ at most the operator norm.
+
+    Raises:
+        ValueError: when ``num_iterations`` is below 1.
+
+    Source:
+        Saad, Numerical Methods for Large Eigenvalue Problems, section 7.4 (Chebyshev iteration); the use is ours.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([3.0, 2.7, 1.0]))
+        >>> start = torch.tensor([0.1, 0.99, 0.1])
+        >>> print(f"{filtered_power_iteration(A.mv, A.T.mv, start / start.norm(), num_iterations=10).value:.2f}")
+        3.00
+        >>> print(f"{power_iteration(A.mv, A.T.mv, start / start.norm(), num_iterations=10).value:.2f}")
+        2.81
+    """
+    check_int("num_iterations", num_iterations)
+    if num_iterations == 1:
+        return power_iteration(apply, adjoint, start)
+    image = apply(start)
+    half = _nonzero(0.45 * image.square().sum())
+    before, vector = start, adjoint(image) / half - start
+    for _ in range(num_iterations - 2):
+        scale = _nonzero(torch.linalg.vector_norm(vector))  # no overflow where the estimate is far off
+        before, vector = before / scale, vector / scale
+        before, vector = vector, 2 * (adjoint(apply(vector)) / half - vector) - before
+    vector = vector / _nonzero(torch.linalg.vector_norm(vector))
+    triplet = power_iteration(apply, adjoint, vector)
+    return SingularTriplet(triplet.value, triplet.left, triplet.right, triplet.residual, num_iterations)
+
+
 def largest_singular_triplet(
     apply: Callable[[Tensor], Tensor],
     adjoint: Callable[[Tensor], Tensor],

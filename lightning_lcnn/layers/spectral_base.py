@@ -15,11 +15,12 @@ from lightning_lcnn.functional.linear_operators import LinearOperator
 from lightning_lcnn.functional.normalized_convolution import SharedGradient, inner_product
 from lightning_lcnn.functional.power_iteration import (
     SingularTriplet,
+    filtered_power_iteration,
     largest_singular_triplet,
-    power_iteration,
 )
 
 _SHARED: weakref.WeakKeyDictionary[nn.Module, SharedGradient] = weakref.WeakKeyDictionary()
+_PERTURBATION = 0.03  # costs 1e-5 of σ when nothing overtakes; without it a converged vector cannot change its mind
 _STATE = ("weight", "spectral_gradient", "right_vector")
 
 
@@ -71,8 +72,11 @@ class SpectralLayer(nn.Module):
         return (self._accurate_weight() * scale).to(self.weight.dtype)
 
     @torch.no_grad()
-    def update_spectral_norm(self, num_iterations: int = 1) -> Tensor:
-        """Refresh G in place by warm-started power iterations, without host synchronisation.
+    def update_spectral_norm(self, num_iterations: int = 5) -> Tensor:
+        """Refresh G in place by warm-started, filtered power iterations, without host synchronisation.
+
+        The start is the last vector and 3 % of a fixed random one: now and then another singular vector overtakes
+        the first in training, and grows from its part in the start.
 
         Args:
             num_iterations: products with the operator and with its adjoint, each.
@@ -81,7 +85,7 @@ class SpectralLayer(nn.Module):
             Relative residual of the singular pair, shape ().
 
         Source:
-            Ours; see :func:`lightning_lcnn.functional.power_iteration`.
+            Ours; see :func:`lightning_lcnn.functional.filtered_power_iteration`.
 
         Example:
             >>> from lightning_lcnn.layers import SpectralLinear
@@ -93,8 +97,9 @@ class SpectralLayer(nn.Module):
         weight = self._accurate_weight()
         operator = self._operator(weight, self.right_vector.shape)
         with torch.autocast(weight.device.type, enabled=False):
-            start = self.right_vector.to(weight.dtype)
-            triplet = power_iteration(operator.apply, operator.adjoint, start, num_iterations)
+            right = self.right_vector.to(weight.dtype)
+            start = _unit(right + _PERTURBATION * _unit(_random(tuple(right.shape), right.device).to(right.dtype)))
+            triplet = filtered_power_iteration(operator.apply, operator.adjoint, start, num_iterations)
             self._store(operator, triplet)
         return triplet.residual
 
@@ -127,8 +132,7 @@ class SpectralLayer(nn.Module):
         shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
         weight = self._accurate_weight()
         operator = self._operator(weight, shape)
-        # A private generator: the global one stays untouched, and all ranks start from the same vector.
-        start = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        start = _random(shape, torch.device("cpu"))
         with torch.autocast(weight.device.type, enabled=False):
             triplet = largest_singular_triplet(
                 operator.apply, operator.adjoint, start.to(weight), tolerance, max_iterations
@@ -202,3 +206,12 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
         copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
         setattr(target, name, copy)
     target.train(source.training)
+
+
+def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same vector at every call and on every rank, from a private generator: the global one stays untouched."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / torch.linalg.vector_norm(vector)

@@ -31,12 +31,13 @@ def spectral_layers(module: nn.Module) -> Iterator[SpectralLayer]:
     return (layer for layer in module.modules() if isinstance(layer, SpectralLayer))
 
 
-def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> Tensor:
+def update_spectral_norm(module: nn.Module, num_iterations: int = 5) -> Tensor:
     """Warm-started power iterations in every spectral layer; call it every few optimizer steps.
 
     Args:
         module: Network with at least one spectral layer.
-        num_iterations: Power iterations of each layer, >= 1.
+        num_iterations: Products with each layer and with its adjoint, >= 1; see
+            :func:`~lightning_lcnn.functional.filtered_power_iteration`.
 
     Returns:
         Largest relative residual of the singular pairs, 0-d, without host synchronisation.
