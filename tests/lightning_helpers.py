@@ -103,3 +103,10 @@ def plain_classifier(package: str = "lightning.pytorch") -> Any:
             return torch.optim.SGD(lcnn_parameter_groups(self), lr=self.learning_rate)
 
     return Classifier
+
+
+def probe(hook: str, function: Any) -> Any:
+    """A callback of Lightning's that calls ``function(trainer, module)`` in one hook."""
+    from lightning.pytorch import Callback
+
+    return type("Probe", (Callback,), {hook: lambda self, trainer, module, *_, **__: function(trainer, module)})()
