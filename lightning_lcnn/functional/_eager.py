@@ -1,4 +1,4 @@
-"""Where the custom autograd functions, which are faster in eager mode, can stand in for composed operations."""
+"""Where the custom autograd functions, which are faster and keep less, can stand in for composed operations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def needs_composite() -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0
+
+
+def is_compiling_for_training() -> bool:
+    """True under ``torch.compile``, which has no second derivatives; not under ``torch.export``."""
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    return torch.compiler.is_dynamo_compiling() and not exporting()
 
 
 def on_plain_cpu(*tensors: Tensor) -> bool:

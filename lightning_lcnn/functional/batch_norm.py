@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
+from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu
 
 
 def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -100,9 +100,10 @@ def scaled_affine(
 
 
 def fits_one_pass(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether :func:`clipped_batch_norm` can take the batch: eager mode on the CPU, more than one value per channel."""
+    """Whether :func:`clipped_batch_norm` takes the batch: compiled, or eager on the CPU, not one value per channel."""
     tensors = (x,) if weight is None else (x, weight)
-    return not needs_composite() and on_plain_cpu(*tensors) and x.numel() > x.shape[1]
+    fits = is_compiling_for_training() or (not needs_composite() and on_plain_cpu(*tensors))
+    return fits and x.numel() > x.shape[1]
 
 
 def clipped_batch_norm(
@@ -144,9 +145,13 @@ def clipped_batch_norm(
         tensor([[-0.5000],
                 [ 0.5000]])
     """
-    with torch.no_grad():
+    compiling = is_compiling_for_training()
+    with torch.set_grad_enabled(compiling and torch.is_grad_enabled()):
         value, mean, gain = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    gain = gain.detach()
     factor = clip_factor((gain if weight is None else gain * weight.abs()).max(), gamma)
+    if compiling:
+        return value * factor
     if factor.item() < 1.0:
         value.mul_(factor.detach())
     weight, bias = scaled_affine(weight, bias, factor, x.shape[1])
