@@ -76,15 +76,11 @@ def conv_geometry(
     elif padding == "valid":
         pairs = ((0, 0),) * rank
     elif isinstance(padding, str):
-        raise ValueError(
-            f"`padding` must be 'same', 'valid', an integer or one entry per dimension, got {padding!r}."
-        )
+        raise ValueError(f"`padding` must be 'same', 'valid', an integer or one entry per dimension, got {padding!r}.")
     else:
         entries = (padding,) * rank if isinstance(padding, int) else tuple(padding)
         if len(entries) != rank:
-            raise ValueError(
-                f"`padding` must have {rank} entries, one per spatial dimension, got {padding!r}."
-            )
+            raise ValueError(f"`padding` must have {rank} entries, one per spatial dimension, got {padding!r}.")
         pairs = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in entries)
     return ConvGeometry(kernel_size, stride, pairs, dilation, groups)
 
