@@ -289,3 +289,15 @@ def test_bfloat16_models_are_measured_with_float32_vectors(trained, digits):
     with torch.autocast("cpu", torch.bfloat16):  # mixed precision is switched off while measuring
         mixed = normalized_curvature(trained, x, y)
     torch.testing.assert_close(mixed.values, exact.values)
+
+
+def test_low_curvature_networks_take_the_cheap_graph():
+    """Products through torch's own double backward of a convolution cost twice as much."""
+    from lightning_lcnn.functional.hessian_operator import _graph_nodes
+    from lightning_lcnn.models import resnet18
+
+    model = resnet18(width=2, low_curvature=True, input_size=(8, 8)).eval().requires_grad_(False)
+    operator = HessianOperator(lambda x: model(x)[:, 0], torch.rand(1, 3, 8, 8))
+    names = {node.name() for node in _graph_nodes(operator._graph_gradient)}
+    assert "_ConvolutionBackward" in names
+    assert not any("BatchNorm" in name or name.startswith(("ConvolutionBackward", "_Normalized")) for name in names)

@@ -126,6 +126,8 @@ class SpectralConvNd(SpectralLayer):
         """Whether the custom function, which keeps less for backward, can stand in for the composed operations."""
         if needs_composite() or torch.is_autocast_enabled("cpu") or input.dim() != self.weight.dim():
             return False
+        if not self.weight.requires_grad:  # input measures freeze the weights and have a cheaper second derivative
+            return False
         others = (t for t in (self.bias, self.log_gamma) if t is not None)
         if not on_plain_cpu(input, self.weight, self.spectral_gradient, *others):
             return False
