@@ -163,7 +163,8 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
 class _TracedCenteredSoftplus(torch.autograd.Function):
     """The same for the compiler, which fuses the operations and decides itself what to keep.
 
-    Against the derivative of :func:`_composite` it saves 40 % of the memory and a tenth of the time of a training step.
+    Together with one-pass batch norm it takes 186 MB for a training step of ResNet-18 of width 16, where the derivative
+    of :func:`_composite` took 305.
     """
 
     @staticmethod
