@@ -85,17 +85,18 @@ def channel_variance(x: Tensor) -> Tensor:
 
 
 def scaled_affine(
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor, num_features: int
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor, running_mean: Tensor | None, num_features: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a batch norm times a 0-d factor; a missing weight counts as ones.
+    """Weight and bias of a batch norm times a 0-d factor; a missing weight counts as ones of the statistics' type.
 
     Example:
-        >>> scaled_affine(None, None, torch.tensor(0.5), 2)
+        >>> scaled_affine(None, None, torch.tensor(0.5), None, 2)
         (tensor([0.5000, 0.5000]), None)
     """
     if weight is None:
         # contiguous: the CPU's channels_last backward misreads an expanded weight and returns gradients off by 1e37
-        return factor.expand(num_features).contiguous(), None
+        common = factor if running_mean is None else factor.to(running_mean.dtype)
+        return common.expand(num_features).contiguous(), None
     return (weight * factor).to(weight.dtype), None if bias is None else (bias * factor).to(bias.dtype)
 
 
@@ -154,7 +155,7 @@ def clipped_batch_norm(
         return value * factor
     if factor.item() < 1.0:
         value.mul_(factor.detach())
-    weight, bias = scaled_affine(weight, bias, factor, x.shape[1])
+    weight, bias = scaled_affine(weight, bias, factor, running_mean, x.shape[1])
     return _Normalized.apply(x, weight, bias, value, mean, gain, eps)
 
 

@@ -105,7 +105,7 @@ class _LipschitzBatchNorm(_NormBase):
             if use_batch and fits_one_pass(x, weight):
                 return clipped_batch_norm(x, weight, bias, *running, gamma, momentum, self.eps)
             factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
-            weight, bias = scaled_affine(weight, bias, factor, self.num_features)
+            weight, bias = scaled_affine(weight, bias, factor, running[0], self.num_features)
         return F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
 
     def extra_repr(self) -> str:
@@ -147,7 +147,7 @@ class _LipschitzBatchNorm(_NormBase):
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         factor = self._factor(variance.detach())
-        weight, bias = scaled_affine(self.weight, self.bias, factor, self.num_features)
+        weight, bias = scaled_affine(self.weight, self.bias, factor, None, self.num_features)
         scale = torch.rsqrt(variance + self.eps) * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (x.ndim - 2))
