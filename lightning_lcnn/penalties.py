@@ -114,7 +114,7 @@ class CurvaturePenalty(Penalty):
             cannot be traced, or if a schedule gets no step.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.3; the bound along the graph and its logarithm are ours.
+        LCNN (Srinivas et al., 2022); the bound along the graph and its logarithm are ours.
 
     Example:
         >>> from lightning_lcnn.layers import CenteredSoftplus, SpectralLinear

@@ -29,7 +29,7 @@ def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Ten
         0-d tensor, differentiable in both tensors.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2.
+        LCNN (Srinivas et al., 2022).
 
     Example:
         >>> batch_norm_slope(torch.tensor([1.0, -3.0]), torch.tensor([4.0, 1.0]), eps=0.0)
@@ -55,7 +55,7 @@ def clip_factor(slope: Tensor, gamma: Tensor) -> Tensor:
         0-d tensor in (0, 1].
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2.
+        LCNN (Srinivas et al., 2022).
 
     Example:
         >>> clip_factor(torch.tensor(4.0), torch.tensor(2.0))
@@ -138,7 +138,7 @@ def clipped_batch_norm(
         Tensor of the shape of x.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2, with the statistics of the batch; one pass is ours.
+        LCNN (Srinivas et al., 2022), with the statistics of the batch; one pass is ours.
 
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])

@@ -63,7 +63,7 @@ def sum_log_penalty(log_betas: Sequence[Tensor], log_gammas: Sequence[Tensor]) -
         ValueError: If both sequences are empty.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.3.
+        LCNN (Srinivas et al., 2022).
 
     Example:
         >>> sum_log_penalty([torch.tensor(2.0), torch.tensor([0.0, 1.0])], [torch.tensor(-1.0)])

@@ -50,7 +50,7 @@ def centered_softplus(x: Tensor, beta: float | Tensor, inplace: bool = False) ->
         ValueError: If ``beta`` is a number that is not positive and finite.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.1; the numerical scheme is ours.
+        LCNN (Srinivas et al., 2022); the numerical scheme is ours.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.0, 1.0])

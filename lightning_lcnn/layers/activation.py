@@ -27,7 +27,7 @@ class CenteredSoftplus(nn.Module):
         ValueError: If ``beta`` is not positive and finite or ``num_channels`` is below 1.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.1; β per channel and the logarithmic parameter are ours.
+        LCNN (Srinivas et al., 2022); β per channel and the logarithmic parameter are ours.
 
     Example:
         >>> activation = CenteredSoftplus(beta=5.0)

@@ -183,7 +183,7 @@ _DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited
         ValueError: If ``gamma`` is not positive and finite, or the input has another number of dimensions.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2; batch statistics in training are ours (the reference clips by the
+        LCNN (Srinivas et al., 2022); batch statistics in training are ours (the reference clips by the
         running ones).
 
     Example:

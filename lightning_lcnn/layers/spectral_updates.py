@@ -47,7 +47,7 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 5) -> Tensor:
         ValueError: If ``num_iterations`` is below 1 or ``module`` has no spectral layer.
 
     Source:
-        LCNN (Srinivas et al., 2022), section 4.2; the interval and the residual are ours.
+        LCNN (Srinivas et al., 2022); the interval and the residual are ours.
 
     Example:
         >>> from lightning_lcnn.layers import SpectralLinear
