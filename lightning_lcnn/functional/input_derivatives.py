@@ -76,7 +76,7 @@ def input_gradient_norm(
         TypeError: for integer inputs, or a model that returns no tensor.
         ValueError: for NaN, targets out of range, wrong shapes, or batch norm and dropout in training mode.
 
-    Source: LCNN paper, section 3.
+    Source: LCNN paper.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -133,7 +133,7 @@ def input_hessian_norm(
         ValueError: for NaN, targets out of range, wrong shapes, or batch norm and dropout in training mode.
         RuntimeError: where an operation has no second derivative, naming ``hvp="finite_difference"``.
 
-    Source: quantity of the LCNN paper, section 3; the method is ours.
+    Source: quantity of the LCNN paper; the method is ours.
 
     Example:
         >>> def saddle(x):  # margin x_0² - x_1²

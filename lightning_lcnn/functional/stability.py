@@ -70,7 +70,7 @@ def gradient_stability(
     Raises:
         ValueError: if ``radius`` is not positive; otherwise as `input_hessian_norm`.
 
-    Source: LCNN paper, section 5 (random perturbations); the worst case is ours.
+    Source: LCNN paper (random perturbations); the worst case is ours.
 
     Example:
         >>> def saddle(x):  # gradient (2 x_0, -2 x_1): every δ moves it by 2‖δ‖

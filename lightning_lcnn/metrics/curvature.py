@@ -37,7 +37,7 @@ class InputGradientNorm(PerExampleMetric):
     Raises:
         As `functional.input_gradient_norm`.
 
-    Source: LCNN paper, section 3.
+    Source: LCNN paper.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class InputHessianNorm(PerExampleMetric):
     Raises:
         As `functional.input_hessian_norm`.
 
-    Source: quantity of the LCNN paper, section 3; the method is ours.
+    Source: quantity of the LCNN paper; the method is ours.
 
     Example:
         >>> import torch
@@ -164,7 +164,7 @@ class GradientStability(PerExampleMetric):
     Raises:
         As `functional.gradient_stability`.
 
-    Source: LCNN paper, section 5 (random perturbations); the worst case is ours.
+    Source: LCNN paper (random perturbations); the worst case is ours.
 
     Example:
         >>> import torch
