@@ -139,6 +139,8 @@ def test_no_input_exceeds_the_bounds(data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_bound_is_nearly_attained_by_one_neuron(kind: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Linear(1, 1), kind(), nn.Linear(1, 1)).double().eval().requires_grad_(False)
+    nn.init.constant_(net[0].weight, 1.5)  # so that the inputs below reach both ends of the activation
+    nn.init.constant_(net[2].weight, -0.7)
     bound = network_bound(net, torch.zeros(1, 1, dtype=torch.float64), "tight")
     x = torch.linspace(-30, 30, 4001, dtype=torch.float64)[:, None].requires_grad_()
     (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
