@@ -141,8 +141,9 @@ def test_bound_is_nearly_attained_by_one_neuron(kind: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Linear(1, 1), kind(), nn.Linear(1, 1)).double().eval().requires_grad_(False)
     nn.init.constant_(net[0].weight, 1.5)  # so that the inputs below reach both ends of the activation
     nn.init.constant_(net[2].weight, -0.7)
+    nn.init.zeros_(net[0].bias)
     bound = network_bound(net, torch.zeros(1, 1, dtype=torch.float64), "tight")
-    x = torch.linspace(-30, 30, 4001, dtype=torch.float64)[:, None].requires_grad_()
+    x = torch.linspace(-30, 30, 40001, dtype=torch.float64)[:, None].requires_grad_()
     (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), x)
     assert 0.99 * bound.slope <= slope.detach().abs().max() <= bound.slope
