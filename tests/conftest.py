@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random numbers, alone or in the whole run, so that a failure can be repeated."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def free_port() -> int:
     """A TCP port that nobody listens on."""
