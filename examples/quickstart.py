@@ -123,7 +123,7 @@ def train(name: str, model: L.LightningModule, args: argparse.Namespace, data: t
         max_epochs=args.epochs,
         accelerator="cpu",
         logger=TensorBoardLogger(args.output, name=name, version=""),
-        callbacks=[CurvatureMonitor(certified=True)] if low_curvature else [],
+        callbacks=[CurvatureMonitor()] if low_curvature else [],
         default_root_dir=args.output,
         enable_model_summary=False,
         enable_checkpointing=False,
