@@ -12,7 +12,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from benchmarking import interleaved_seconds, machine, peak_memory, ratio, table
+from benchmarking import arguments, interleaved_seconds, peak_memory, print_tables, ratio, table
 from torch import nn
 
 from lightning_lcnn import fold
@@ -78,21 +78,7 @@ def measure(options: argparse.Namespace, width: int, batch: int) -> str:
 
 def main() -> None:
     """Parse the command line and print one table for each size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", default=["16:128", "64:32"], metavar="WIDTH:BATCH")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--compile", action="store_true", help="compile every network")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--channels-last", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(machine(options.device))
-    for size in options.size:
-        width, batch = map(int, size.split(":"))
-        print(f"\nResNet-18 of width {width}, 32×32 images, batch {batch}, inference\n")
-        print(measure(options, width, batch), flush=True)
+    print_tables(arguments(__doc__.splitlines()[0]).parse_args(), ", inference", measure)
 
 
 if __name__ == "__main__":

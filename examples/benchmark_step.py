@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from benchmarking import interleaved_seconds, machine, peak_memory, ratio, resident_memory, table
+from benchmarking import arguments, interleaved_seconds, peak_memory, print_tables, ratio, resident_memory, table
 from torch import Tensor, nn
 
 from lightning_lcnn import lcnn_parameter_groups
@@ -163,23 +163,10 @@ def measure(options: argparse.Namespace, width: int, batch: int) -> str:
 
 def main() -> None:
     """Parse the command line and print one table for each size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", default=["16:128", "64:32"], metavar="WIDTH:BATCH")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--every-n-steps", type=int, default=10, help="steps between two spectral refreshes")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--compile", action="store_true", help="compile every network")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--channels-last", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(machine(options.device))
-    for size in options.size:
-        width, batch = map(int, size.split(":"))
-        print(f"\nResNet-18 of width {width}, 32×32 images, batch {batch}\n")
-        print(measure(options, width, batch), flush=True)
+    print_tables(parser.parse_args(), "", measure)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import platform
 import time
@@ -13,6 +14,31 @@ import torch
 from torch import nn
 
 Task = Callable[[], object]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Command line that the benchmarks of step and inference share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", nargs="+", default=["16:128", "64:32"], metavar="WIDTH:BATCH")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="compile every network")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
+    return parser
+
+
+def print_tables(
+    options: argparse.Namespace, what: str, measure: Callable[[argparse.Namespace, int, int], str]
+) -> None:
+    """One table for each size that was asked for, under the name of the machine."""
+    torch.set_num_threads(options.threads)
+    print(machine(options.device))
+    for size in options.size:
+        width, batch = map(int, size.split(":"))
+        print(f"\nResNet-18 of width {width}, 32×32 images, batch {batch}{what}\n")
+        print(measure(options, width, batch), flush=True)
 
 
 def interleaved_seconds(tasks: Mapping[str, Task], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
