@@ -85,9 +85,8 @@ class Decisions:
             return self._keep(name, module, reason)
         new = rules.spectral(module, self.record.usage[name].inputs)
         sigma = float(new.sigma().detach())
-        norm = self._norm_behind(name, module)
-        if norm is None or not rules.takes_scale(self.modules[norm], sigma):
-            norm = None
+        norm = self._norm_behind(name, module, sigma)
+        if norm is None:
             rules.set_gain(new, sigma)
         else:
             rules.move_scale(new, self.modules[norm], sigma)
@@ -108,7 +107,7 @@ class Decisions:
         norm = float(torch.linalg.vector_norm(module.weight.detach().double()))
         return "" if math.isfinite(norm) and norm > 0 else "its weight is zero or not finite"
 
-    def _norm_behind(self, name: str, module: Any) -> str | None:
+    def _norm_behind(self, name: str, module: Any, sigma: float) -> str | None:
         """Return the batch norm that gets all of this layer's output and nothing else, if its statistics can move."""
         norm = self.record.only_consumer(name) or name
         target: Any = self.modules[norm]
@@ -117,6 +116,8 @@ class Decisions:
         if self._why_untouched(norm, target):
             return None
         if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
+            return None
+        if not rules.takes_scale(target, sigma):
             return None
         changed = (tensor for tensor in (module.bias, target.weight) if tensor is not None)
         return norm if all(self._uses[id(tensor)] == 1 for tensor in changed) else None
