@@ -1,10 +1,11 @@
-"""Find the inputs and targets in a batch."""
+"""Find the inputs and targets in a batch, and put other inputs in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values")
@@ -33,6 +34,49 @@ def batch_input_and_target(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(found, Tensor):
         return batch_input(batch), found
     raise ValueError(_message("a target tensor", batch, _TARGET_KEYS, 1))
+
+
+def replace_batch_input(batch: Any, x: Tensor, old: Tensor | None = None) -> Any:
+    """Return a copy of the batch with another input; everything else in it is shared, the batch itself stays.
+
+    Tuples, lists, named tuples, mappings and dataclasses, nested too, keep their type.
+
+    Args:
+        batch: What a step gets.
+        x: The new input, of any shape.
+        old: The tensor in the batch whose place it takes (this very object, the first time it is met); by default the
+            one :func:`batch_input` finds.
+
+    Returns:
+        A batch of the same type; ``x`` where the batch is the input.
+
+    Raises:
+        ValueError: If the batch does not hold ``old``, for instance where ``penalty_inputs`` computes it.
+
+    Source:
+        Ours.
+
+    Example:
+        >>> import torch
+        >>> replace_batch_input([torch.zeros(1, 2), "label"], torch.ones(1, 2))
+        [tensor([[1., 1.]]), 'label']
+    """
+    old = batch_input(batch) if old is None else old
+    places = 0
+
+    def replace(item: Tensor) -> Tensor:
+        nonlocal places
+        places += item is old
+        return x if item is old and places == 1 else item
+
+    replaced = apply_to_collection(batch, Tensor, replace)
+    if not places:
+        raise ValueError(
+            f"`old` must be a tensor that the batch holds, got one that this {type(batch).__name__} does not: return "
+            "the batch's own tensor from `penalty_inputs(self, batch)`, and transform it in `forward` or in "
+            "`on_after_batch_transfer`."
+        )
+    return replaced
 
 
 def _first(batch: Mapping[Any, Any], keys: Sequence[str]) -> Any:
