@@ -18,6 +18,7 @@ LEVELS = {
     "conversion": 3,
     "penalties": 3,
     "metrics": 4,
+    "evaluation": 5,
     "callbacks": 5,
     "mixin": 6,  # attaches a callback
     "report": 6,
