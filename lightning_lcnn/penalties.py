@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice, check_int, check_non_negative
 from lightning_lcnn.bounds import CurvatureGraph, trace
+from lightning_lcnn.functional._sharded import whole
 from lightning_lcnn.functional.penalties import reference_penalty, sum_log_penalty
 from lightning_lcnn.layers.parameter_groups import log_betas, log_gammas
 
@@ -151,7 +152,7 @@ class CurvaturePenalty(Penalty):
         if self.mode in ("bound", "log_hessian"):
             return self._graph_terms(target)
         formula = sum_log_penalty if self.mode == "sum_log" else reference_penalty
-        return {self.name: formula(list(betas.values()), list(log_gammas(target).values()))}
+        return {self.name: formula([*map(whole, betas.values())], [*map(whole, log_gammas(target).values())])}
 
     def _graph_terms(self, model: nn.Module) -> dict[str, Tensor]:
         try:

@@ -89,3 +89,19 @@ def test_gradients_reach_every_parameter_and_are_finite(case: tuple[nn.Module, T
 
 def test_prints_its_state(case: tuple[nn.Module, Tensor]) -> None:
     assert type(case[0]).__name__ in repr(case[0])
+
+
+def test_no_parameter_is_0d_and_scalars_are(case: tuple[nn.Module, Tensor]) -> None:
+    """FSDP2's fully_shard refuses parameters of shape ()."""
+    layer, _ = case
+    assert all(parameter.ndim > 0 for parameter in layer.parameters())
+    per_channel = getattr(layer, "num_channels", None) is not None
+    for name in () if per_channel else ("beta", "gamma"):
+        value, stored = getattr(layer, name, None), getattr(layer, f"log_{name}", None)
+        if value is not None:
+            assert value.shape == ()
+            assert stored.shape == (1,)
+            assert value.requires_grad == stored.requires_grad
+    for name in ("slope", "sigma"):
+        if hasattr(layer, name) and not isinstance(getattr(layer, name), float):
+            assert getattr(layer, name)().shape == ()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn.functional._sharded import scalar, whole
+
 
 def batch_norm_log_slopes(layers: Sequence[Any]) -> tuple[Tensor, ...]:
     """Logarithms of the evaluation slopes min(γ, max_c |w_c| / √(v_c + ε)), each of shape (), differentiable.
@@ -21,7 +23,7 @@ def batch_norm_log_slopes(layers: Sequence[Any]) -> tuple[Tensor, ...]:
     first = layers[0].running_var
     dtype = torch.promote_types(first.dtype, torch.float32)
     variances = torch.cat([(layer.running_var + layer.eps).to(first.device, dtype) for layer in layers])
-    weights = [torch.ones_like(m.running_var) if m.weight is None else m.weight for m in layers]
+    weights = [torch.ones_like(m.running_var) if m.weight is None else whole(m.weight) for m in layers]
     gains = torch.cat([w.to(first.device, dtype) for w in weights]).abs() * variances.rsqrt()
     index = _layer_index(tuple(layer.num_features for layer in layers), first.device)
     slopes = gains.new_zeros(len(layers)).scatter_reduce(0, index, gains, "amax")
@@ -29,7 +31,7 @@ def batch_norm_log_slopes(layers: Sequence[Any]) -> tuple[Tensor, ...]:
     gammas = [getattr(layer, "log_gamma", None) for layer in layers]
     if any(gamma is not None for gamma in gammas):
         unlimited = log_slopes.new_full((), torch.inf)
-        limits = [unlimited if gamma is None else gamma.to(first.device, dtype) for gamma in gammas]
+        limits = [unlimited if gamma is None else scalar(gamma).to(first.device, dtype) for gamma in gammas]
         log_slopes = torch.minimum(log_slopes, torch.stack(limits))
     return log_slopes.unbind()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.bounds.activations import Curve
 from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
+from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.layers.activation import CenteredSoftplus
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
@@ -91,8 +92,8 @@ class Activation(Piece):
 
     def log_bend(self) -> Number | None:
         if type(self.module) is CenteredSoftplus:
-            log_beta = self.module.log_beta
-            return (log_beta if log_beta.dim() == 0 else log_beta.amax()) - math.log(4)
+            log_beta = whole(self.module.log_beta)
+            return (scalar(log_beta) if log_beta.numel() == 1 else log_beta.amax()) - math.log(4)
         if type(self.module) is PiecewiseSoftplus:
             return _log(self.module.curvature_bound())
         bend = max_magnitude(self.read().bend)
@@ -113,7 +114,7 @@ class Weight(Piece):
 
     def log_slope(self) -> Number:
         if isinstance(self.layer, SPECTRAL):
-            return 0.0 if self.layer.log_gamma is None else self.layer.log_gamma
+            return 0.0 if self.layer.log_gamma is None else scalar(self.layer.log_gamma)
         groups = 1 if self.geometry is None else self.geometry["groups"]
         return _log(cheap_norm_bound(self.tensor(), groups))
 

@@ -143,7 +143,7 @@ def spectral(old: Any, sizes: list[tuple[int, ...]]) -> Any:
 
 def set_gain(layer: Any, sigma: float) -> None:
     """Give a spectral layer the gain ``sigma``, which restores the scale of its weight."""
-    log_gamma = torch.full((), math.log(sigma), device=layer.weight.device, dtype=layer.weight.dtype)
+    log_gamma = torch.full((1,), math.log(sigma), device=layer.weight.device, dtype=layer.weight.dtype)
     layer.log_gamma = nn.Parameter(log_gamma, requires_grad=layer.weight.requires_grad)
 
 

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.softplus import centered_softplus
 
 
 class CenteredSoftplus(nn.Module):
     r"""Activation :math:`s(x; β) = \frac{1}{β} \log\frac{1 + e^{βx}}{2}` with learnable curvature.
 
-    Slope below 1, curvature :math:`s'' \le β/4`. β is stored as ``log_beta``, so it stays positive under any optimizer
-    and one step changes it by a factor, whatever its size. Keep ``log_beta`` out of weight decay
-    (:func:`lightning_lcnn.lcnn_parameter_groups` does), which would pull β to 1.
+    Slope below 1, curvature :math:`s'' \le β/4`. β is stored as ``log_beta``, of shape (1,) or (C,), so it stays
+    positive under any optimizer and one step changes it by a factor, whatever its size. Keep ``log_beta`` out of weight
+    decay (:func:`lightning_lcnn.lcnn_parameter_groups` does), which would pull β to 1.
 
     Args:
         beta: Start value of β. The default 5 bounds the curvature by 1.25; 1000 is ReLU to the eye.
@@ -48,7 +49,7 @@ class CenteredSoftplus(nn.Module):
             check_int("num_channels", num_channels)
         self.num_channels = num_channels
         self.inplace = inplace
-        log_beta = torch.full(() if num_channels is None else (num_channels,), float(beta)).log()
+        log_beta = torch.full((1 if num_channels is None else num_channels,), float(beta)).log()
         if learnable:
             self.log_beta = nn.Parameter(log_beta)
         else:
@@ -62,7 +63,8 @@ class CenteredSoftplus(nn.Module):
     @property
     def beta(self) -> Tensor:
         """β as a differentiable tensor of shape () or (C,), in at least float32."""
-        return self.log_beta.to(torch.promote_types(self.log_beta.dtype, torch.float32)).exp()
+        log_beta = scalar(self.log_beta) if self.num_channels is None else whole(self.log_beta)
+        return log_beta.to(torch.promote_types(log_beta.dtype, torch.float32)).exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply s(x; β) elementwise; x is (N, C, ...) if β is per channel, else of any shape."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lcnn._checks import check_positive
+from lightning_lcnn.functional._sharded import scalar
 from lightning_lcnn.functional.batch_norm import (
     batch_norm_slope,
     channel_variance,
@@ -48,7 +49,7 @@ class _LipschitzBatchNorm(_NormBase):
             self.register_parameter("log_gamma", None)
         else:
             check_positive("gamma", gamma)
-            self.log_gamma = nn.Parameter(torch.full((), math.log(gamma), device=device, dtype=dtype))
+            self.log_gamma = nn.Parameter(torch.full((1,), math.log(gamma), device=device, dtype=dtype))
         self.add_module("sync", nn.BatchNorm1d(num_features, affine=False, track_running_stats=False))
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -71,7 +72,8 @@ class _LipschitzBatchNorm(_NormBase):
         """γ as a differentiable 0-d tensor in at least float32, or None where nothing is clipped."""
         if self.log_gamma is None:
             return None
-        return self.log_gamma.to(torch.promote_types(self.log_gamma.dtype, torch.float32)).exp()
+        log_gamma = scalar(self.log_gamma)
+        return log_gamma.to(torch.promote_types(log_gamma.dtype, torch.float32)).exp()
 
     def slope(self) -> Tensor:
         r"""Exact slope in evaluation mode, :math:`\min(γ, \max_c |w_c| / \sqrt{v_c + ε})`, as a 0-d tensor."""

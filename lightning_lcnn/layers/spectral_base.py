@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_positive
+from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.linear_operators import LinearOperator
 from lightning_lcnn.functional.normalized_convolution import SharedGradient, inner_product
 from lightning_lcnn.functional.power_iteration import (
@@ -41,7 +42,7 @@ class SpectralLayer(nn.Module):
     def _create_spectral_state(self, gamma: float | None, right_shape: tuple[int, ...] | None) -> None:
         if gamma is not None:
             check_positive("gamma", gamma)
-        log_gamma = None if gamma is None else nn.Parameter(self.weight.new_full((), math.log(gamma)))
+        log_gamma = None if gamma is None else nn.Parameter(self.weight.new_full((1,), math.log(gamma)))
         self.register_parameter("log_gamma", log_gamma)
         self.register_buffer("spectral_gradient", torch.zeros_like(self.weight, requires_grad=False))
         self.register_buffer("right_vector", self.weight.new_zeros(right_shape or (0,)))
@@ -49,13 +50,13 @@ class SpectralLayer(nn.Module):
 
     @property
     def gamma(self) -> Tensor | None:
-        """The gain, exp(log_gamma), or None."""
-        return None if self.log_gamma is None else self.log_gamma.exp()
+        """The gain, exp(log_gamma), shape (), or None."""
+        return None if self.log_gamma is None else scalar(self.log_gamma).exp()
 
     def slope(self) -> Tensor:
         """Slope that the layer is trained to have: the gain, or 1; shape (), differentiable."""
         # from the buffer, which is an ordinary tensor where FSDP2 shards the weight
-        return self.spectral_gradient.new_ones(()) if self.log_gamma is None else self.log_gamma.exp()
+        return self.spectral_gradient.new_ones(()) if self.log_gamma is None else scalar(self.log_gamma).exp()
 
     def sigma(self) -> Tensor:
         """Estimate ⟨W, G⟩ of the norm with the raw weight; shape (), differentiable, at least float32."""
@@ -164,9 +165,7 @@ class SpectralLayer(nn.Module):
             self.reset_spectral_norm(max_iterations=240 if known else 12)
 
     def _accurate_weight(self) -> Tensor:
-        weight = self.weight
-        if hasattr(weight, "full_tensor"):  # FSDP2 outside forward: a collective
-            weight = weight.full_tensor()
+        weight = whole(self.weight)
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def _operator(self, weight: Tensor, right_shape: Sequence[int]) -> LinearOperator:

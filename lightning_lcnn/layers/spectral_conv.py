@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
+from lightning_lcnn.functional._sharded import scalar
 from lightning_lcnn.functional.linear_operators import (
     ConvGeometry,
     LinearOperator,
@@ -119,7 +120,8 @@ class SpectralConvNd(SpectralLayer):
         geometry = self._geometry()
         if self._is_eager(input, geometry):
             gradient = self._shared_gradient().lend(self.spectral_gradient)
-            return normalized_convolution(input, self.weight, self.bias, self.log_gamma, gradient, geometry)
+            log_gamma = None if self.log_gamma is None else scalar(self.log_gamma)
+            return normalized_convolution(input, self.weight, self.bias, log_gamma, gradient, geometry)
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
     def _is_eager(self, input: Tensor, geometry: ConvGeometry) -> bool:
