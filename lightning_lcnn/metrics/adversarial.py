@@ -20,8 +20,9 @@ from lightning_lcnn.functional.input_function import (
     logits_of,
     unwrap,
 )
-from lightning_lcnn.metrics.attacks import NORMS, AttackOutcome, PixelModel, attack_examples, resolve_attack
+from lightning_lcnn.metrics.attacks import NORMS, AttackOutcome, attack_examples, resolve_attack
 from lightning_lcnn.metrics.base import MeasuringMetric
+from lightning_lcnn.metrics.pixels import PixelModel, checked_normalization, mean_and_std, pixels_of
 
 
 class AdversarialAccuracy(MeasuringMetric):
@@ -122,7 +123,7 @@ class AdversarialAccuracy(MeasuringMetric):
         self.attack_kwargs = dict(attack_kwargs or {})
         self.radius_argument = radius_argument
         self.over_budget = over_budget
-        self.normalization = _checked_normalization(normalization)
+        self.normalization = checked_normalization(normalization)
         self.bounds = bounds
         self.full = full
         self.adapter = adapter
@@ -151,39 +152,15 @@ class AdversarialAccuracy(MeasuringMetric):
         attack = resolve_attack(self.attack, self.attack_kwargs, self.radius_argument, self.norm, self.bounds)
         with measuring(model, x, seed=self.seed, autocast=True):
             x, target = x.detach().clone(), target.clone()
-            mean, std = self._mean_and_std(x)
+            mean, std = mean_and_std(self.normalization, x)
             network = PixelModel(model, self.adapter, mean, std, x.dtype)
-            pixels = self._pixels(x.float() if x.dtype != torch.float64 else x, mean, std)
+            pixels = pixels_of(x, mean, std, self.bounds)
             with torch.no_grad():
                 logits = logits_of(model, x, self.adapter)
                 check_logits(logits, target)
             correct = logits.argmax(1) == target
             refuse = self.over_budget == "raise"
             return attack_examples(network, attack, pixels, target, correct, self.radii, self.norm, self.bounds, refuse)
-
-    def _mean_and_std(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.normalization is None:
-            return None, None
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, std = (
-            torch.tensor(values, device=x.device, dtype=torch.float32).view(shape) for values in self.normalization
-        )
-        if mean.shape[1] not in (1, x.shape[1]):
-            raise ValueError(f"`normalization` has {mean.shape[1]} channels, the inputs have {x.shape[1]}.")
-        return mean, std
-
-    def _pixels(self, x: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
-        pixels = x if mean is None or std is None else x * std + mean
-        if self.bounds is None:
-            return pixels
-        low, high = self.bounds
-        rounding = 1e-3 * (high - low)
-        if pixels.min() < low - rounding or pixels.max() > high + rounding:
-            raise ValueError(
-                f"inputs must lie in [{low:g}, {high:g}], got [{pixels.min():.4g}, {pixels.max():.4g}]; pass "
-                "normalization=(mean, std) if they were normalised, other bounds, or bounds=None for no limits."
-            )
-        return pixels.clamp(low, high)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """Return robust accuracy, or everything for ``full``; NaN where no example was measured."""
@@ -218,14 +195,3 @@ class AdversarialAccuracy(MeasuringMetric):
         names = (f"{self.norm} radius", "robust accuracy")
         radii = torch.tensor(self.radii)
         return plot_curve((radii, val, radii), ax=ax, label_names=names)
-
-
-def _checked_normalization(
-    normalization: tuple[Sequence[float], Sequence[float]] | None,
-) -> tuple[list[float], list[float]] | None:
-    if normalization is None:
-        return None
-    mean, std = (torch.as_tensor(values, dtype=torch.float64).flatten().tolist() for values in normalization)
-    if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"`normalization` must be (mean, std) of equal length with std > 0, got {normalization}.")
-    return mean, std

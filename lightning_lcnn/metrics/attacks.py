@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_choice, import_extra
 from lightning_lcnn.functional._state import preserved_model_state
 from lightning_lcnn.functional.attacks import projected_gradient_attack
-from lightning_lcnn.functional.input_function import Adapter, logits_of
+from lightning_lcnn.metrics.pixels import PixelModel
 
 Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # (model, x, target, radius) -> adversarial x
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
@@ -164,22 +164,6 @@ class AttackOutcome:
     distances: Tensor  # (R, B) norms of the perturbations, 0 where not attacked
 
 
-class PixelModel(nn.Module):
-    """The user's model behind its adapter, normalisation and precision: an attack sees float32 pixels and logits."""
-
-    def __init__(
-        self, model: Any, adapter: Adapter | None, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.model, self.adapter, self.mean, self.std, self.dtype = model, adapter, mean, std, dtype
-        self.training = getattr(model, "training", False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (B, K)."""
-        x = pixels if self.mean is None or self.std is None else (pixels - self.mean) / self.std
-        return logits_of(self.model, x.to(self.dtype), self.adapter)
-
-
 def attack_examples(
     network: PixelModel,
     attack: Attack,
@@ -201,11 +185,8 @@ def attack_examples(
         attacked.append(alive)
         rows = alive.nonzero().squeeze(1)
         if len(rows):
-            adversarial = _run(network, attack, pixels[rows], target[rows], radius)
-            _check_range(adversarial, bounds)
-            change = (adversarial - pixels[rows]).flatten(1)
-            distance[rows] = torch.linalg.vector_norm(change, NORMS[norm], dim=1)
-            _check_budget(distance, radius, norm, refuse_over_budget)
+            adversarial = run_attack(network, attack, pixels[rows], target[rows], radius)
+            distance[rows] = perturbation(adversarial, pixels[rows], radius, norm, bounds, refuse_over_budget)
             with torch.no_grad():
                 fooled = network(adversarial).argmax(1) != target[rows]
             alive = alive.index_put((rows,), ~(fooled & (distance[rows] <= radius * (1 + _TOLERANCE))))
@@ -214,7 +195,8 @@ def attack_examples(
     return AttackOutcome(correct, torch.stack(robust), torch.stack(attacked), torch.stack(distances))
 
 
-def _run(network: PixelModel, attack: Attack, pixels: Tensor, target: Tensor, radius: float) -> Tensor:
+def run_attack(network: PixelModel, attack: Attack, pixels: Tensor, target: Tensor, radius: float) -> Tensor:
+    """Adversarial pixels (B, …), detached, finite and of the right shape; the model's state is left as it was."""
     # an attack may leave frozen batch norm in training mode, which would change the predictions that follow
     with preserved_model_state(network):
         try:
@@ -230,6 +212,21 @@ def _run(network: PixelModel, attack: Attack, pixels: Tensor, target: Tensor, ra
     if not bool(adversarial.isfinite().all()):
         raise ValueError(f"the attack returned NaN or infinity at radius {radius:g}.")
     return adversarial
+
+
+def perturbation(
+    adversarial: Tensor,
+    pixels: Tensor,
+    radius: float,
+    norm: str,
+    bounds: tuple[float, float] | None,
+    refuse_over_budget: bool,
+) -> Tensor:
+    """Norms (B,) of what an attack has changed; an error where it left the bounds or, if refused, the ball."""
+    _check_range(adversarial, bounds)
+    distance = torch.linalg.vector_norm((adversarial - pixels).flatten(1), NORMS[norm], dim=1)
+    _check_budget(distance, radius, norm, refuse_over_budget)
+    return distance
 
 
 def _check_range(inputs: Tensor, bounds: tuple[float, float] | None) -> None:
