@@ -41,7 +41,7 @@ def direction_bounds(model: nn.Module, example_input: Tensor, directions: Tensor
     Args:
         model: network in evaluation mode, as for :func:`network_bound`.
         example_input: any input of the true shape (N, ...).
-        directions: weights w, shape (H, *output shape without batch).
+        directions: weights w, shape ``(H, *output shape without batch)``.
 
     Returns:
         :class:`DirectionBounds` on the CPU.

@@ -50,7 +50,7 @@ def conv_norm_bound(
     small enough for a dense matrix. Computed in float64 and inflated by 1e-6.
 
     Args:
-        weight: shape (C_out, C_in / groups, *kernel_size), 1 to 3 spatial dimensions, any real dtype.
+        weight: shape ``(C_out, C_in / groups, *kernel_size)``, 1 to 3 spatial dimensions, any real dtype.
         input_size: spatial size of the input.
         stride: as in torch.
         padding: as in torch, or a pair (before, after) for each dimension.

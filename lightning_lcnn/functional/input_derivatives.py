@@ -106,7 +106,7 @@ def input_hessian_norm(
 ) -> HessianNormResult:
     """Spectral norm of the input Hessian of each example.
 
-    ‖∇²_x f(x)‖₂ = max |λ|
+    ‖∇²_x f(x)‖₂ = max_i abs(λ_i)
 
     An estimate from below: the largest magnitude of a Ritz value. Kinks (ReLU, max pooling) do not enter a Hessian;
     the first measurement of such a model says so.

@@ -62,8 +62,8 @@ def lanczos(
     multiple eigenvalues are found and nothing becomes NaN. At most n steps are taken for n unknowns.
 
     Args:
-        operator: maps (B, *shape) to (B, *shape); acts on each example alone and is symmetric and linear.
-        start: first direction of each example, (B, *shape), of any length; float32 or float64.
+        operator: maps ``(B, *shape)`` to ``(B, *shape)``; acts on each example alone and is symmetric and linear.
+        start: first direction of each example, ``(B, *shape)``, of any length; float32 or float64.
         num_steps: products with the operator. 20 leave less than 1 % of error on trained networks (ours, measured).
         tolerance: relative residual up to which an example counts as converged.
         seed: of the private generator for fresh directions.

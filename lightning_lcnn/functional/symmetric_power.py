@@ -37,8 +37,8 @@ def symmetric_power_iteration(
     not disturb (vᵀAv would settle anywhere between them). `lanczos` needs far fewer products; this is for comparison.
 
     Args:
-        operator: maps (B, *shape) to (B, *shape); acts on each example alone and is symmetric and linear.
-        start: first direction of each example, (B, *shape), of any length above zero.
+        operator: maps ``(B, *shape)`` to ``(B, *shape)``; acts on each example alone and is symmetric and linear.
+        start: first direction of each example, ``(B, *shape)``, of any length above zero.
         num_iterations: products with the operator.
         tolerance: relative residual up to which an example counts as converged.
 
