@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_lcnn.bounds import network_bound
 from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, LogMeanExpPool2d, SpectralConv2d
-from lightning_lcnn.models import resnet18, resnet34, vgg11
+from lightning_lcnn.models import Normalize, resnet18, resnet34, vgg11
 
 BUILDERS = [resnet18, resnet34, vgg11]
 CONVS = {resnet18: 20, resnet34: 36, vgg11: 8}
@@ -142,3 +143,22 @@ def test_vgg_pooling():
         vgg11(width=2, pooling="median")
     with pytest.raises(ValueError, match="`input_size` must be at least 32"):
         vgg11(width=2, input_size=(16, 16))
+
+
+def test_normalize_enters_bounds_and_no_checkpoint():
+    network = nn.Sequential(Normalize([0.5, 0.4], [0.25, 0.5]), nn.Flatten(), nn.Linear(8, 3, bias=False)).eval()
+    x = torch.rand(5, 2, 2, 2)
+    by_hand = (x - torch.tensor([0.5, 0.4]).view(2, 1, 1)) / torch.tensor([0.25, 0.5]).view(2, 1, 1)
+    torch.testing.assert_close(network(x), network[2](by_hand.flatten(1)))
+    assert list(network.state_dict()) == ["2.weight"]
+    exact = torch.linalg.matrix_norm(network[2].weight, 2).item()
+    assert 2 * exact <= network_bound(network, x[:1]).slope <= 4.001 * exact
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [(0.0, 0.0, "`std`"), (float("nan"), 1.0, "`mean` must be finite"), ([0.0], [1.0, 1.0], "equal lengths")],
+)
+def test_normalize_refuses(mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        Normalize(mean, std)
