@@ -21,9 +21,9 @@ LEVELS = {
     "evaluation": 5,
     "callbacks": 5,
     "mixin": 6,  # attaches a callback
-    "report": 6,
     "plots": 6,
-    "cli": 6,
+    "report": 7,
+    "cli": 8,
 }
 FIRST_LEVEL_OF = {"torchmetrics": 4, "torchattacks": 4, "lightning": 5, "pytorch_lightning": 5, "matplotlib": 6}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
