@@ -293,11 +293,11 @@ def test_bfloat16_models_are_measured_with_float32_vectors(trained, digits):
 
 def test_low_curvature_networks_take_the_cheap_graph():
     """Products through torch's own double backward of a convolution cost twice as much."""
-    from lightning_lcnn.functional.hessian_operator import _graph_nodes
+    from lightning_lcnn.functional._graph_nodes import graph_nodes
     from lightning_lcnn.models import resnet18
 
     model = resnet18(width=2, low_curvature=True, input_size=(8, 8)).eval().requires_grad_(False)
     operator = HessianOperator(lambda x: model(x)[:, 0], torch.rand(1, 3, 8, 8))
-    names = {node.name() for node in _graph_nodes(operator._graph_gradient)}
+    names = {node.name() for node in graph_nodes(operator._graph_gradient)}
     assert "_ConvolutionBackward" in names
     assert not any("BatchNorm" in name or name.startswith(("ConvolutionBackward", "_Normalized")) for name in names)

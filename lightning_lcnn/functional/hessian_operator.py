@@ -15,16 +15,12 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_lcnn._checks import check_choice, check_positive
 from lightning_lcnn.functional._frozen_graph import FrozenGraph
+from lightning_lcnn.functional._graph_nodes import graph_nodes, is_once_differentiable, kinks_of
 from lightning_lcnn.functional.input_function import InputFunction
 from lightning_lcnn.functional.lanczos import safe_norm
 
 HVP_MODES = ("double_backward", "forward_over_reverse", "finite_difference")
 
-# Starts of the names of autograd nodes whose functions have corners.
-_KINKS: tuple[str, ...] = (
-    *("Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Softshrink"),
-    *("Hardshrink", "MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "CudnnConvolutionRelu"),
-)
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -169,36 +165,16 @@ def _second_derivative_errors() -> Iterator[None]:
 
 def _inspect(model: Any, values: Tensor, twice: bool) -> None:
     """Refuse operations that would silently lose their second derivative; say once per model that it has kinks."""
-    nodes = _graph_nodes(values)
-    once = [node.name() for node in nodes if twice and _is_once_differentiable(node)]
+    nodes = graph_nodes(values)
+    once = [node.name() for node in nodes if twice and is_once_differentiable(node)]
     if once:
         raise RuntimeError(f"trying to differentiate twice a function marked once_differentiable: {', '.join(once)}")
-    kinks = {node.name().split("Backward")[0] for node in nodes if node.name().startswith(_KINKS)}
+    kinks = kinks_of(nodes)
     if kinks and model not in _warned:
         _warned.add(model)
         warnings.warn(
-            f"the model has kinks ({', '.join(sorted(kinks))}): its measured Hessian is that of the smooth pieces and "
+            f"the model has kinks ({', '.join(kinks)}): its measured Hessian is that of the smooth pieces and "
             "misses the jumps of the gradient between them. Measure gradient_stability, or a smooth copy made by "
             "to_low_curvature with a large beta.",
             stacklevel=2,
         )
-
-
-def _is_once_differentiable(node: Any) -> bool:
-    """Torch raises for these only where the incoming gradient depends on x, and gives zeros otherwise."""
-    if node.name().startswith("CompiledFunction"):  # torch.compile
-        return True
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    return getattr(getattr(backward, "__code__", None), "co_filename", "") == torch.autograd.function.__file__
-
-
-def _graph_nodes(values: Tensor) -> list[Any]:
-    """All operations in the graph of ``values``."""
-    nodes: dict[Any, None] = {}
-    stack: list[Any] = [values.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in nodes:
-            nodes[node] = None
-            stack.extend(parent for parent, _ in node.next_functions)
-    return list(nodes)

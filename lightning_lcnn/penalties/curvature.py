@@ -1,91 +1,20 @@
-"""Penalties on the curvature of a network, for any training loop."""
+"""Penalty on the slopes and curvatures of the layers, and the traced graph it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_lcnn._checks import check_choice, check_int, check_non_negative
+from lightning_lcnn._checks import check_choice
 from lightning_lcnn.bounds import CurvatureGraph, trace
 from lightning_lcnn.functional._sharded import whole
 from lightning_lcnn.functional.penalties import reference_penalty, sum_log_penalty
 from lightning_lcnn.layers.parameter_groups import log_betas, log_gammas
-
-Schedule = int | Callable[[int], float] | None
+from lightning_lcnn.penalties.base import Penalty, Schedule
+from lightning_lcnn.penalties.network import network_of
 
 MODES = ("bound", "log_hessian", "sum_log", "reference")
-
-
-class Penalty:
-    """Base of the penalties: a weight, its schedule over steps, and the value as a 0-d tensor with a graph.
-
-    A subclass sets ``name`` (under which it is logged) and defines :meth:`terms`. One that differentiates the network
-    at the data sets ``needs_batch = True`` and is then called as ``penalty(model, x, target)``.
-
-    Args:
-        weight: Factor λ >= 0 of the penalty in the loss.
-        schedule: None: λ is constant. An integer n: λ grows linearly over the first n optimizer steps. A callable:
-            maps the optimizer step (0, 1, ...) to a factor of λ; use a function that can be pickled under spawn.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``weight`` is negative or not finite, or an integer ``schedule`` is below 1.
-
-    Source:
-        Ours.
-
-    Example:
-        >>> class WeightSize(Penalty):
-        ...     name = "weight_size"
-        ...     def terms(self, model):
-        ...         return {"weight_size": sum(p.square().sum() for p in model.parameters())}
-        >>> WeightSize(weight=0.5)(nn.Linear(1, 1)).ndim
-        0
-    """
-
-    name: ClassVar[str]
-    needs_batch: ClassVar[bool] = False
-
-    def __init__(self, weight: float, schedule: Schedule = None) -> None:
-        check_non_negative("weight", weight)
-        if schedule is not None and not callable(schedule):
-            check_int("schedule", schedule)
-        self.weight = weight
-        self.schedule = schedule
-
-    def terms(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-        """Unweighted penalty under the key ``name``, and what else should be logged, each 0-d with a graph."""
-        raise NotImplementedError
-
-    def __call__(self, model: nn.Module, *inputs: Tensor, step: int | None = None) -> Tensor:
-        """Weighted penalty, 0-d; ``step`` is the number of optimizer steps done, needed by a schedule."""
-        return self.evaluate(model, *inputs, step=step)[0]
-
-    def evaluate(self, model: nn.Module, *inputs: Tensor, step: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted penalty and its detached parts: the terms, and the weighted value as ``<name>_penalty``."""
-        factor = self.current_weight(step)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        with torch.autocast(device.type, enabled=False):  # exp and log of β in bfloat16 keep two digits
-            terms = self.terms(model, *inputs)
-            value = factor * terms[self.name]
-        parts = {key: term.detach() for key, term in terms.items()}
-        return value, {**parts, f"{self.name}_penalty": value.detach()}
-
-    def current_weight(self, step: int | None = None) -> float:
-        """λ at an optimizer step, λ·min(1, (step + 1)/n) for an integer schedule n."""
-        if self.schedule is None:
-            return self.weight
-        if step is None:
-            raise ValueError(
-                "A penalty with a `schedule` needs the optimizer step: call penalty(model, step=...); LCNNMixin and "
-                "the penalty callback pass it."
-            )
-        if callable(self.schedule):
-            return self.weight * float(self.schedule(step))
-        return self.weight * min(1.0, (step + 1) / self.schedule)
 
 
 class CurvaturePenalty(Penalty):
@@ -198,30 +127,3 @@ class GraphCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the graph."""
         return GraphCache, ()
-
-
-def network_of(module: nn.Module) -> nn.Module:
-    """Part of a module that computes the outputs: itself, or its only low-curvature child if it has no ``forward``.
-
-    Many Lightning modules define no ``forward`` and call ``self.net(x)`` in their steps.
-
-    Args:
-        module: Network or Lightning module.
-
-    Returns:
-        The module itself wherever it defines ``forward`` or no child, or more than one, has a β.
-
-    Source:
-        Ours.
-
-    Example:
-        >>> from lightning_lcnn.layers import CenteredSoftplus
-        >>> holder = nn.ModuleDict({"net": nn.Sequential(CenteredSoftplus()), "criterion": nn.CrossEntropyLoss()})
-        >>> network_of(holder) is holder["net"]
-        True
-    """
-    forward = type(module).forward
-    if forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward":
-        return module
-    children = [child for child in module.children() if log_betas(child)]
-    return network_of(children[0]) if len(children) == 1 else module
