@@ -66,11 +66,11 @@ class AdversarialTraining(Callback):
         seed: Of the random state inside the attack; None for the one given to ``seed_everything``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range; at the start of a fit, for a second callback of this class and
-            under FSDP1 and DeepSpeed ZeRO stage 3; during training, for batches without input and class indices, for
-            inputs outside ``bounds`` and for an attack that leaves its ball.
-        RuntimeError: Where the attack fails, with its message.
+        TypeError: If an argument or the targets have the wrong type.
+        ValueError: If an argument is out of range; at the start of a fit, under FSDP1 and DeepSpeed ZeRO stage 3;
+            during training, for batches without an input and class indices, for inputs outside ``bounds`` and for an
+            attack that leaves its ball.
+        RuntimeError: Where the attack fails, with its message; by Lightning, for two such callbacks in one trainer.
         ImportError: If torchattacks is needed and missing.
 
     Source:
@@ -135,8 +135,6 @@ class AdversarialTraining(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
-        if sum(isinstance(callback, AdversarialTraining) for callback in trainer.callbacks) > 1:
-            raise ValueError("The trainer has more than one AdversarialTraining: each would attack what the last made.")
         self._batches = 0
 
     @override
