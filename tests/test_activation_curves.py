@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds.activations import CURVES, Curve, curve_of
-from lightning_lcnn.layers import CenteredSoftplus, PiecewiseSoftplus
+from lightning_lcnn.layers import (
+    CenteredSoftplus,
+    PiecewiseSoftplus,
+    ScaledActivation,
+    SmoothELU,
+    SmoothHardswish,
+    SmoothPReLU,
+)
 
 SMOOTH = [
     nn.Tanh(),
@@ -30,6 +37,18 @@ SMOOTH = [
     CenteredSoftplus(3.0),
     PiecewiseSoftplus(kinks=(0.0, 6.0), changes=(1.0, -1.0), beta=20.0),
     PiecewiseSoftplus(kinks=(0.0,), changes=(0.99,), slope=0.01, beta=4.0),
+    ScaledActivation(nn.SiLU(), beta=3.0),
+    ScaledActivation(nn.GELU(), beta=0.2),
+    SmoothPReLU(init=0.25, beta=6.0),
+    SmoothPReLU(init=1.5, beta=6.0),
+    SmoothPReLU(init=-0.5, beta=2.0),
+]
+# ranges that hold for every β without being attained: the share of the wider end that the derivatives reach
+SELU = {"alpha": 1.6732632, "scale": 1.0507010}
+LOOSE = [
+    *((SmoothHardswish(beta), 0.7) for beta in (0.5, 2.0, 5.0, 50.0)),
+    *((SmoothELU(**SELU, beta=beta), 0.5) for beta in (0.5, 1.0, 5.0, 50.0)),
+    *((SmoothELU(alpha=alpha, beta=beta), 0.5) for alpha in (0.3, 2.0, -0.5) for beta in (0.5, 5.0)),
 ]
 KINKED = [
     nn.ReLU(),
@@ -79,6 +98,19 @@ def test_smooth_ranges_hold_and_are_attained(module: nn.Module) -> None:
         assert float(high) - 1e-6 <= values.max() <= float(high) + 1e-12 or values.max() > float(high) - 2e-3
 
 
+@pytest.mark.parametrize(("module", "share"), LOOSE, ids=str)
+def test_loose_ranges_hold(module: nn.Module, share: float) -> None:
+    with torch.no_grad():
+        ranges = curve(module.double())
+        by_itself = module.curvature_bound()
+    for values, (low, high) in zip(derivatives(module), (ranges.slope, ranges.bend), strict=True):
+        low, high = float(low), float(high)
+        assert low - 1e-12 <= values.min()
+        assert values.max() <= high + 1e-12
+        assert values.abs().max() >= share * max(-low, high)
+    assert float(by_itself) == pytest.approx(max(abs(float(end)) for end in ranges.bend), rel=1e-12)
+
+
 @pytest.mark.parametrize("module", KINKED, ids=str)
 def test_kinked_ranges_hold_and_say_why(module: nn.Module) -> None:
     ranges = curve(module)
@@ -113,5 +145,5 @@ def test_linear_cases_have_no_curvature() -> None:
 
 
 def test_every_activation_of_the_table_is_tested() -> None:
-    tested = {type(module) for module in SMOOTH + KINKED}
+    tested = {type(module) for module in SMOOTH + KINKED + [module for module, _ in LOOSE]}
     assert {kind for _, types, _ in CURVES for kind in types} <= tested

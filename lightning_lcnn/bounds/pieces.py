@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn.bounds.activations import Curve
+from lightning_lcnn.bounds.activations import Curve, curve_of_module
 from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
 from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.layers.activation import CenteredSoftplus
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
+from lightning_lcnn.layers.smooth import ScaledActivation, SmoothELU, SmoothHardswish, SmoothPReLU
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 
 Shape = tuple[int, ...]
 Number = float | Tensor  # a float, or a tensor of shape ()
+_BENT = (PiecewiseSoftplus, SmoothPReLU, SmoothELU, SmoothHardswish)  # with a differentiable curvature_bound()
 SPECTRAL = (SpectralLinear, SpectralConv1d, SpectralConv2d, SpectralConv3d)
 
 
@@ -86,18 +88,26 @@ class Activation(Piece):
     module: nn.Module | None = None
 
     def log_slope(self) -> Number:
-        if type(self.module) is nn.PReLU:
-            return self.module.weight.abs().amax().clamp_min(1.0).log()
+        if type(self.module) in (nn.PReLU, SmoothPReLU):
+            return whole(self.module.weight).abs().amax().clamp_min(1.0).log()  # type: ignore[union-attr]
         return _log(max_magnitude(self.read().slope)) if type(self.module) is not CenteredSoftplus else 0.0
 
     def log_bend(self) -> Number | None:
-        if type(self.module) is CenteredSoftplus:
-            log_beta = whole(self.module.log_beta)
-            return (scalar(log_beta) if log_beta.numel() == 1 else log_beta.amax()) - math.log(4)
-        if type(self.module) is PiecewiseSoftplus:
+        unit = self._bend_at_one()
+        if unit is not None:
+            log_beta = whole(self.module.log_beta)  # type: ignore[union-attr]
+            return (scalar(log_beta) if log_beta.numel() == 1 else log_beta.amax()) + math.log(unit)
+        if isinstance(self.module, _BENT):
             return _log(self.module.curvature_bound())
         bend = max_magnitude(self.read().bend)
         return math.log(bend) if 0 < bend < math.inf else None
+
+    def _bend_at_one(self) -> float | None:
+        """For an activation whose curvature is proportional to its β: that at β = 1. Leaves β on its device."""
+        if type(self.module) is CenteredSoftplus:
+            return 0.25
+        inner = curve_of_module(self.module.activation) if type(self.module) is ScaledActivation else None
+        return None if inner is None or math.isinf(max_magnitude(inner.bend)) else max_magnitude(inner.bend)
 
     def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
         curve = self.read()

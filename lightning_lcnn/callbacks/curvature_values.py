@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds import Surrogate
-from lightning_lcnn.layers import CenteredSoftplus, SpectralLayer
+from lightning_lcnn.layers import LearnableBeta, SpectralLayer
 from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
 
 
@@ -16,7 +16,7 @@ def layer_values(module: nn.Module) -> dict[str, Tensor]:
     """β of every activation, slope and γ of every batch norm, slope, γ and σ of every spectral layer, by name."""
     values: dict[str, Tensor] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, CenteredSoftplus):
+        if isinstance(layer, LearnableBeta):
             values[f"lcnn_beta/{name}"] = layer.beta.mean()
         elif isinstance(layer, _LipschitzBatchNorm | SpectralLayer):
             values |= _normalised_layer_values(name, layer)

@@ -1,6 +1,6 @@
 """Layers of known slope and curvature."""
 
-from lightning_lcnn.layers.activation import CenteredSoftplus
+from lightning_lcnn.layers.activation import CenteredSoftplus, LearnableBeta
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.parameter_groups import (
     lcnn_parameter_groups,
@@ -10,17 +10,23 @@ from lightning_lcnn.layers.parameter_groups import (
 )
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
+from lightning_lcnn.layers.smooth import ScaledActivation, SmoothELU, SmoothHardswish, SmoothPReLU
 from lightning_lcnn.layers.spectral import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 from lightning_lcnn.layers.spectral_base import SpectralLayer
 from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral_layers, update_spectral_norm
 
 __all__ = [
     "CenteredSoftplus",
+    "LearnableBeta",
     "LipschitzBatchNorm1d",
     "LipschitzBatchNorm2d",
     "LipschitzBatchNorm3d",
     "LogMeanExpPool2d",
     "PiecewiseSoftplus",
+    "ScaledActivation",
+    "SmoothELU",
+    "SmoothHardswish",
+    "SmoothPReLU",
     "SpectralConv1d",
     "SpectralConv2d",
     "SpectralConv3d",

@@ -1,6 +1,8 @@
-"""The centered softplus as a module."""
+"""The centered softplus as a module, and what activations with a learnable β have in common."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,41 @@ from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.softplus import centered_softplus
 
 
-class CenteredSoftplus(nn.Module):
+class LearnableBeta(nn.Module):
+    """Base of the activations that have a β of their own, stored as ``log_beta`` of shape (1,) or (C,)."""
+
+    log_beta: Tensor
+    num_channels: int | None
+
+    def _create_beta(self, beta: float, learnable: bool, num_channels: int | None = None) -> None:
+        check_positive("beta", beta)
+        if num_channels is not None:
+            check_int("num_channels", num_channels)
+        self.num_channels = num_channels
+        self._start = math.log(beta)
+        log_beta = torch.full((1 if num_channels is None else num_channels,), self._start)
+        if learnable:
+            self.log_beta = nn.Parameter(log_beta)
+        else:
+            self.register_buffer("log_beta", log_beta)
+
+    def reset_parameters(self) -> None:
+        """Set β to its start value, for networks that are made on the meta device."""
+        nn.init.constant_(self.log_beta, self._start)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether β is a parameter."""
+        return isinstance(self.log_beta, nn.Parameter)
+
+    @property
+    def beta(self) -> Tensor:
+        """β as a differentiable tensor of shape () or (C,), in at least float32."""
+        log_beta = scalar(self.log_beta) if self.num_channels is None else whole(self.log_beta)
+        return log_beta.to(torch.promote_types(log_beta.dtype, torch.float32)).exp()
+
+
+class CenteredSoftplus(LearnableBeta):
     r"""Activation :math:`s(x; β) = \frac{1}{β} \log\frac{1 + e^{βx}}{2}` with learnable curvature.
 
     Slope below 1, curvature :math:`s'' \le β/4`. β is stored as ``log_beta``, of shape (1,) or (C,), so it stays
@@ -38,33 +74,12 @@ class CenteredSoftplus(nn.Module):
         5.0
     """
 
-    log_beta: Tensor
-
     def __init__(
         self, beta: float = 5.0, learnable: bool = True, num_channels: int | None = None, inplace: bool = False
     ) -> None:
         super().__init__()
-        check_positive("beta", beta)
-        if num_channels is not None:
-            check_int("num_channels", num_channels)
-        self.num_channels = num_channels
+        self._create_beta(beta, learnable, num_channels)
         self.inplace = inplace
-        log_beta = torch.full((1 if num_channels is None else num_channels,), float(beta)).log()
-        if learnable:
-            self.log_beta = nn.Parameter(log_beta)
-        else:
-            self.register_buffer("log_beta", log_beta)
-
-    @property
-    def learnable(self) -> bool:
-        """Whether β is a parameter."""
-        return isinstance(self.log_beta, nn.Parameter)
-
-    @property
-    def beta(self) -> Tensor:
-        """β as a differentiable tensor of shape () or (C,), in at least float32."""
-        log_beta = scalar(self.log_beta) if self.num_channels is None else whole(self.log_beta)
-        return log_beta.to(torch.promote_types(log_beta.dtype, torch.float32)).exp()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply s(x; β) elementwise; x is (N, C, ...) if β is per channel, else of any shape."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_non_negative
-from lightning_lcnn.layers.activation import CenteredSoftplus
+from lightning_lcnn.layers.activation import LearnableBeta
 from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
 from lightning_lcnn.layers.spectral_base import SpectralLayer
 
@@ -17,7 +17,7 @@ def log_betas(module: nn.Module) -> dict[str, Tensor]:
     """Name and tensor of every log β, parameter or buffer, shared ones once.
 
     Args:
-        module: Network that may hold centered softplus layers.
+        module: Network that may hold activations with a β.
 
     Returns:
         Mapping from the name in the ``state_dict`` to the tensor, in module order.
@@ -26,10 +26,11 @@ def log_betas(module: nn.Module) -> dict[str, Tensor]:
         Ours.
 
     Example:
+        >>> from lightning_lcnn.layers import CenteredSoftplus
         >>> log_betas(nn.Sequential(nn.Linear(2, 2), CenteredSoftplus(beta=1.0)))["1.log_beta"].item()
         0.0
     """
-    return _collect(module, CenteredSoftplus, "log_beta")
+    return _collect(module, LearnableBeta, "log_beta")
 
 
 def log_gammas(module: nn.Module) -> dict[str, Tensor]:
@@ -65,6 +66,7 @@ def low_curvature_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parame
         Ours.
 
     Example:
+        >>> from lightning_lcnn.layers import CenteredSoftplus
         >>> [name for name, _ in low_curvature_parameters(nn.Sequential(nn.Linear(2, 2), CenteredSoftplus()))]
         ['1.log_beta']
     """
@@ -99,6 +101,7 @@ def lcnn_parameter_groups(
 
     Example:
         >>> import torch
+        >>> from lightning_lcnn.layers import CenteredSoftplus
         >>> net = nn.Sequential(nn.Linear(2, 2), CenteredSoftplus(), nn.Linear(2, 1))
         >>> optimizer = torch.optim.AdamW(lcnn_parameter_groups(net, weight_decay=0.05), lr=1e-3)
         >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
