@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
+from lightning_lcnn.callbacks import AdversarialTraining, CurvatureMonitor, PenaltyCallback, PowerIteration
 from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty
@@ -28,7 +28,9 @@ class Low(LCNNMixin, Plain):
 
 
 @pytest.mark.parametrize(
-    "callback", [PowerIteration(every_n_steps=2), CurvatureMonitor(), PenaltyCallback()], ids=lambda c: type(c).__name__
+    "callback",
+    [AdversarialTraining(0.1, bounds=None), PowerIteration(every_n_steps=2), CurvatureMonitor(), PenaltyCallback()],
+    ids=lambda c: type(c).__name__,
 )
 def test_copies_and_pickles_work(callback: Any) -> None:
     companions = [] if isinstance(callback, PowerIteration) else [PowerIteration()]
@@ -38,10 +40,13 @@ def test_copies_and_pickles_work(callback: Any) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("callback_class", [PowerIteration, CurvatureMonitor, PenaltyCallback])
-def test_both_packages_take_a_bare_callback(callback_class: Any, package: str) -> None:
+@pytest.mark.parametrize(
+    ("callback_class", "arguments"),
+    [(AdversarialTraining, (0.1,)), (PowerIteration, ()), (CurvatureMonitor, ()), (PenaltyCallback, ())],
+)
+def test_both_packages_take_a_bare_callback(callback_class: Any, arguments: Any, package: str) -> None:
     assert issubclass(callback_class, importlib.import_module(package).Callback)
-    runner = trainer(package, callbacks=callback_class())
+    runner = trainer(package, callbacks=callback_class(*arguments))
     assert any(isinstance(callback, callback_class) for callback in runner.callbacks)
 
 
