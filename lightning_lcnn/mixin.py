@@ -7,13 +7,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lcnn.callbacks.batch import batch_input_and_target
 from lightning_lcnn.callbacks.penalised_step import (
-    add_to_output,
     as_penalties,
     is_lightning_default,
+    penalised_step,
     sum_penalties,
     trains,
 )
@@ -100,9 +101,13 @@ class LCNNMixin:
         Returns:
             0-d tensor.
         """
+        return sum_penalties(self, self._penalties_of_this_run(), lambda: self.penalty_inputs(batch))
+
+    @torch.compiler.disable
+    def _penalties_of_this_run(self) -> list[Penalty]:
         if self._lcnn_penalties is None:
             self._lcnn_penalties = as_penalties(self.configure_penalties())
-        return sum_penalties(self, self._lcnn_penalties, lambda: self.penalty_inputs(batch))
+        return self._lcnn_penalties
 
     def configure_callbacks(self) -> Any:
         """Callbacks of the next base in the MRO and, unless there is one, a :class:`PowerIteration`."""
@@ -149,13 +154,16 @@ def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
     def training_step(self: LCNNMixin, *args: Any, **kwargs: Any) -> Any:
         if self._lcnn_in_step or not trains(self):
             return step(self, *args, **kwargs)
-        self._lcnn_in_step = True
-        try:
-            output = step(self, *args, **kwargs)
-        finally:
-            self._lcnn_in_step = False
         batch = args[0] if args else next(iter(kwargs.values()), None)
-        return add_to_output(output, lambda: self.curvature_penalty(batch))
+
+        def own_step() -> Any:
+            self._lcnn_in_step = True
+            try:
+                return step(self, *args, **kwargs)
+            finally:
+                self._lcnn_in_step = False
+
+        return penalised_step(self, self._penalties_of_this_run(), own_step, lambda: self.penalty_inputs(batch))
 
     wrapper: Any = training_step
     wrapper.__wrapped__ = inspect.unwrap(step)

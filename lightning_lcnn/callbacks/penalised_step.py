@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn.callbacks.forward_capture import ForwardCapture
 from lightning_lcnn.penalties import Penalty
+from lightning_lcnn.penalties.network import defines_forward
 
 
 def trains(module: Any) -> bool:
@@ -27,8 +29,33 @@ def add_to_output(output: Any, penalty: Callable[[], Tensor]) -> Any:
     return output
 
 
+Inputs = Callable[[], tuple[Tensor, Tensor]]
+
+
+def penalised_step(module: Any, penalties: Sequence[Penalty], step: Callable[[], Any], inputs: Inputs) -> Any:
+    """Output of the user's step with the penalties added, which differentiate the forward pass that the step made."""
+    capture = _start_capture(module, penalties)
+    try:
+        output = step()
+    finally:
+        if capture is not None:
+            capture.stop()
+    return add_to_output(output, lambda: sum_penalties(module, penalties, inputs, capture))
+
+
 @torch.compiler.disable
-def sum_penalties(module: Any, penalties: Sequence[Penalty], inputs: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+def _start_capture(module: Any, penalties: Sequence[Penalty]) -> ForwardCapture | None:
+    if not any(penalty.uses_logits for penalty in penalties):
+        return None
+    capture = ForwardCapture(module)
+    capture.start()
+    return capture
+
+
+@torch.compiler.disable
+def sum_penalties(
+    module: Any, penalties: Sequence[Penalty], inputs: Inputs, capture: ForwardCapture | None = None
+) -> Tensor:
     """Sum of the weighted penalties; their parts go to the logger on its logging steps.
 
     Not compiled: the graph of the bound is a few hundred 0-d operations, which would be traced again for every network.
@@ -38,13 +65,42 @@ def sum_penalties(module: Any, penalties: Sequence[Penalty], inputs: Callable[[]
     total = torch.zeros(())
     parts: dict[str, Tensor] = {}
     for penalty in penalties:
-        value, its_parts = penalty.evaluate(module, *(inputs() if penalty.needs_batch else ()), step=step)
+        value, its_parts = _evaluate(penalty, module, inputs, step, capture)
         total = value + total.to(value.device)
-        parts.update(its_parts)
+        parts.update({_numbered(key, parts): part for key, part in its_parts.items()})
     if trainer is not None and module._current_fx_name == "training_step" and _logs_now(trainer):
         for key, part in parts.items():
             module.log(f"lcnn/{key}", part)
     return total
+
+
+def _evaluate(
+    penalty: Penalty, module: Any, inputs: Inputs, step: int | None, capture: ForwardCapture | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if not penalty.needs_batch:
+        return penalty.evaluate(module, step=step)
+    x, target = inputs()
+    if capture is None or not penalty.uses_logits:
+        return penalty.evaluate(module, x, target, step=step)
+    forward = capture.last(len(target))
+    if forward is not None:
+        return penalty.evaluate(forward.network, forward.x, target, step=step, logits=forward.logits)
+    if not defines_forward(module):
+        raise ValueError(
+            f"{type(penalty).__name__} differentiates the forward pass of `training_step`, and {type(module).__name__} "
+            f"made none for {len(target)} examples that could be watched: call the network as self.net(x), not "
+            "self.net.forward(x), or define `forward(self, x)`, which the penalty then calls itself."
+        )
+    return penalty.evaluate(module, x, target, step=step)
+
+
+def _numbered(key: str, taken: Mapping[str, Any]) -> str:
+    """The key, with the first free number from 2 on where another penalty has it."""
+    number, name = 1, key
+    while name in taken:
+        number += 1
+        name = f"{key}_{number}"
+    return name
 
 
 def _logs_now(trainer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.batch import batch_input_and_target
 from lightning_lcnn.callbacks.checks import check_strategy
-from lightning_lcnn.callbacks.penalised_step import add_to_output, as_penalties, sum_penalties, trains
+from lightning_lcnn.callbacks.penalised_step import as_penalties, penalised_step, trains
 from lightning_lcnn.callbacks.power_iteration import PowerIteration
 from lightning_lcnn.layers.spectral_updates import spectral_layers
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
@@ -61,11 +61,11 @@ class PenaltyCallback(Callback):
 
         @functools.wraps(step, updated=())
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
             if not trains(pl_module):
-                return output
+                return step(*args, **kwargs)
             batch = args[0] if args else next(iter(kwargs.values()), None)
-            return add_to_output(output, lambda: self._penalty(pl_module, batch))
+            split = getattr(pl_module, "penalty_inputs", batch_input_and_target)
+            return penalised_step(pl_module, self.penalties, lambda: step(*args, **kwargs), lambda: split(batch))
 
         training_step.__wrapped__ = inspect.unwrap(step)  # Lightning reads the signature there
         own = pl_module.__dict__.get("training_step")
@@ -83,10 +83,6 @@ class PenaltyCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the instance its ``training_step`` back: Lightning calls no teardown after an error."""
         self.teardown(trainer, pl_module, "fit")
-
-    def _penalty(self, module: Any, batch: Any) -> Any:
-        split = getattr(module, "penalty_inputs", batch_input_and_target)
-        return sum_penalties(module, self.penalties, lambda: split(batch))
 
     def _check(self, trainer: Any, pl_module: Any) -> None:
         name = type(pl_module).__name__

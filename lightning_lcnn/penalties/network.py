@@ -35,7 +35,7 @@ def network_of(module: Any) -> Any:
         return network_of(module.module)
     if not isinstance(module, nn.Module) or defines_forward(module):
         return module
-    trained = [child for child in module.children() if any(True for _ in child.parameters())]
+    trained = trained_children(module)
     candidates = [child for child in trained if log_betas(child)] or trained
     return network_of(candidates[0]) if len(candidates) == 1 else module
 
@@ -49,3 +49,13 @@ def defines_forward(module: nn.Module) -> bool:
     """
     forward = type(module).forward
     return forward is not nn.Module.forward and forward.__qualname__ != "LightningModule.forward"
+
+
+def trained_children(module: nn.Module) -> list[nn.Module]:
+    """Children with parameters.
+
+    Example:
+        >>> trained_children(nn.Sequential(nn.Linear(1, 1), nn.Tanh()))
+        [Linear(in_features=1, out_features=1, bias=True)]
+    """
+    return [child for child in module.children() if any(True for _ in child.parameters())]
