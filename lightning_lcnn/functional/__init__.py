@@ -41,6 +41,12 @@ from lightning_lcnn.functional.probabilistic import (
     input_hessian_norm_probabilistic_bound,
     lanczos_probabilistic_gap,
 )
+from lightning_lcnn.functional.saliency import (
+    SaliencyResult,
+    cosine_agreement,
+    saliency_under_noise,
+    top_k_agreement,
+)
 from lightning_lcnn.functional.softplus import centered_softplus
 from lightning_lcnn.functional.stability import GradientStabilityResult, gradient_stability
 from lightning_lcnn.functional.symmetric_power import SymmetricPowerResult, symmetric_power_iteration
@@ -53,12 +59,14 @@ __all__ = [
     "LanczosResult",
     "NormalizedCurvatureResult",
     "ProbabilisticBoundResult",
+    "SaliencyResult",
     "SingularTriplet",
     "SymmetricPowerResult",
     "batch_norm_slope",
     "centered_softplus",
     "clip_factor",
     "conv_norm_bound",
+    "cosine_agreement",
     "filtered_power_iteration",
     "gradient_stability",
     "input_gradient_norm",
@@ -80,9 +88,11 @@ __all__ = [
     "projected_gradient_attack",
     "reference_penalty",
     "register_linear_layer",
+    "saliency_under_noise",
     "second_order_dual_radius",
     "sum_log_penalty",
     "symmetric_power_iteration",
     "target_logit",
     "taylor_radius",
+    "top_k_agreement",
 ]
