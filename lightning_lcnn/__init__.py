@@ -6,7 +6,7 @@ Trainer. Everything below the mixin and the callbacks also works in a plain PyTo
 
 from lightning_lcnn import bounds, conversion, functional, layers, metrics, models, penalties
 from lightning_lcnn.__about__ import __version__
-from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
+from lightning_lcnn.callbacks import AdversarialTraining, CurvatureMonitor, PenaltyCallback, PowerIteration
 from lightning_lcnn.conversion import fold, to_low_curvature
 from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.mixin import LCNNMixin
@@ -20,6 +20,7 @@ __all__ = [  # noqa: RUF022  (grouped by use)
     "fold",
     "to_low_curvature",
     # callbacks
+    "AdversarialTraining",
     "CurvatureMonitor",
     "PowerIteration",
     # modules
