@@ -17,12 +17,13 @@ from lightning_lcnn._checks import check_choice, check_int, check_positive
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.batch import batch_input_and_target, replace_batch_input
 from lightning_lcnn.callbacks.checks import check_strategy
-from lightning_lcnn.callbacks.penalised_step import is_lightning_default
+from lightning_lcnn.callbacks.phases import phase
 from lightning_lcnn.functional._state import measuring
 from lightning_lcnn.functional.input_function import Adapter, check_inputs
 from lightning_lcnn.metrics.attacks import NORMS, perturbation, resolve_attack, run_attack
 from lightning_lcnn.metrics.pixels import Normalization, PixelModel, checked_normalization, mean_and_std, pixels_of
 from lightning_lcnn.penalties import Schedule, network_of
+from lightning_lcnn.penalties.network import defines_forward, trained_children
 
 _NUM_STEPS = 3
 
@@ -194,7 +195,7 @@ class AdversarialTraining(Callback):
         x, target = getattr(pl_module, "penalty_inputs", batch_input_and_target)(batch)
         count = math.ceil(self.fraction * len(x))
         seed = random.Random(f"{self._fit_seed} {trainer.global_rank} {self._batches}").getrandbits(32)
-        with measuring(pl_module, x, seed=seed, autocast=True):
+        with phase(trainer, "attack"), measuring(pl_module, x, seed=seed, autocast=True):
             pl_module.eval()
             attacked = self._attacked(self._network(pl_module), x[:count].detach(), target[:count], radius)
         if self.schedule is not None and trainer._logger_connector.should_update_logs:
@@ -222,14 +223,11 @@ class AdversarialTraining(Callback):
         if self.submodule is not None:
             return pl_module.get_submodule(self.submodule)
         network = network_of(pl_module)
-        if network is not pl_module or not is_lightning_default(type(network).forward):
+        if defines_forward(network):
             return network
-        children = [child for child in pl_module.children() if any(True for _ in child.parameters())]
-        if len(children) == 1:
-            return children[0]
         raise ValueError(
-            f"{type(pl_module).__name__} has no `forward` and {len(children)} children with parameters: define "
-            "`forward(self, x)`, or name the network in AdversarialTraining(submodule='<name>')."
+            f"{type(pl_module).__name__} has no `forward` and {len(trained_children(network))} children with "
+            "parameters: define `forward(self, x)`, or name the network in AdversarialTraining(submodule='<name>')."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lcnn.callbacks.forward_capture import ForwardCapture
+from lightning_lcnn.callbacks.phases import phase
 from lightning_lcnn.penalties import Penalty
 from lightning_lcnn.penalties.network import defines_forward
 
@@ -64,10 +65,11 @@ def sum_penalties(
     step = None if trainer is None else trainer.global_step
     total = torch.zeros(())
     parts: dict[str, Tensor] = {}
-    for penalty in penalties:
-        value, its_parts = _evaluate(penalty, module, inputs, step, capture)
-        total = value + total.to(value.device)
-        parts.update({_numbered(key, parts): part for key, part in its_parts.items()})
+    with phase(trainer, "penalty"):
+        for penalty in penalties:
+            value, its_parts = _evaluate(penalty, module, inputs, step, capture)
+            total = value + total.to(value.device)
+            parts.update({_numbered(key, parts): part for key, part in its_parts.items()})
     if trainer is not None and module._current_fx_name == "training_step" and _logs_now(trainer):
         for key, part in parts.items():
             module.log(f"lcnn/{key}", part)

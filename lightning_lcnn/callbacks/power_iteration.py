@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_lcnn._checks import check_int, check_positive
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.checks import check_optimizers, check_strategy
+from lightning_lcnn.callbacks.phases import phase
 from lightning_lcnn.layers.spectral_updates import reset_spectral_norm, spectral_layers, update_spectral_norm
 
 
@@ -89,7 +90,8 @@ class PowerIteration(Callback):
         if not self._active or continued:
             return
         self._interval = 0
-        self.residual = reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
+        with phase(trainer, "power_iteration"):
+            self.residual = reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
         if float(self.residual) > self.tolerance:
             warnings.warn(
                 f"The spectral norms reached a residual of {float(self.residual):.1e} in {self.max_iterations} "
@@ -105,7 +107,8 @@ class PowerIteration(Callback):
         interval = trainer.global_step // self.every_n_steps
         if interval != self._interval:
             self._interval = interval
-            self.residual = update_spectral_norm(pl_module, self.num_iterations)
+            with phase(trainer, "power_iteration"):
+                self.residual = update_spectral_norm(pl_module, self.num_iterations)
         if self.residual is not None and trainer._logger_connector.should_update_logs:
             pl_module.log("lcnn/spectral_residual", self.residual)
 
