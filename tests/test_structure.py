@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_lcnn"
 LEVELS = {
     "__about__": -1,
     "_checks": -1,
+    "_files": -1,
     "functional": 0,
     "layers": 1,
     "bounds": 2,
@@ -18,12 +19,17 @@ LEVELS = {
     "conversion": 3,
     "penalties": 3,
     "metrics": 4,
+    "networks": 4,
     "evaluation": 5,
     "callbacks": 5,
+    "data": 5,
     "mixin": 6,  # attaches a callback
     "plots": 6,
-    "report": 7,
-    "cli": 8,
+    "classifier": 7,
+    "checkpoints": 8,
+    "report": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 FIRST_LEVEL_OF = {"torchmetrics": 4, "torchattacks": 4, "lightning": 5, "pytorch_lightning": 5, "matplotlib": 6}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

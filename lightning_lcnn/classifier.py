@@ -1,0 +1,195 @@
+"""A ready LightningModule for image classification, standard or low-curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_lcnn.__about__ import __version__
+from lightning_lcnn._checks import check_non_negative, check_positive
+from lightning_lcnn._files import read_checkpoint, weights_of
+from lightning_lcnn.layers import lcnn_parameter_groups
+from lightning_lcnn.metrics import MeasuringMetric
+from lightning_lcnn.mixin import LCNNMixin
+from lightning_lcnn.networks import build_network
+from lightning_lcnn.penalties import CurvaturePenalty, Penalty
+
+MARK = "lightning_lcnn"  # key of a checkpoint that a LitClassifier wrote
+
+
+class LitClassifier(LCNNMixin, LightningModule):
+    r"""Cross-entropy, SGD with momentum and a one-cycle learning rate, for images in [0, 1] of shape (B, C, H, W).
+
+    .. math:: \text{logits} = \text{network}((x - \text{mean}) / \text{std})
+
+    A low-curvature network is penalised by :class:`~lightning_lcnn.penalties.CurvaturePenalty`, a standard one by
+    nothing, unless ``penalties`` says otherwise. Loss, accuracy and ``metrics`` are logged in validation and test.
+
+    Args:
+        network: Name as for :func:`~lightning_lcnn.networks.build_network`: ``"resnet18"``, ``"torchvision/resnet50"``,
+            ``"timm/convnext_tiny"``, ``"my_module.make_net"``.
+        num_classes: Number of classes.
+        image_shape: (C, H, W) of the images.
+        network_args: Further arguments of the network's function, such as ``{"width": 16}`` for ours.
+        low_curvature: Whether to train the low-curvature form.
+        beta: Start of every β.
+        gamma: Start of every γ; None: 10, or the layer's own slope if that is larger.
+        max_pool: What max pooling becomes in the low-curvature form: ``"smooth"``, ``"average"`` or ``"keep"``.
+        pretrained: Whether to start from downloaded weights (torchvision, timm).
+        weights: Checkpoint to start from, of either form; for fine-tuning.
+        penalties: Added to the loss; None for the default above.
+        learning_rate: Peak of the one-cycle schedule.
+        momentum: Of SGD, with Nesterov's correction.
+        weight_decay: Of all parameters but β and γ.
+        mean: Subtracted from the images, one number or one per channel.
+        std: Divides the images, one number or one per channel.
+        metrics: Metrics of :mod:`lightning_lcnn.metrics` by name, logged as ``val_NAME`` and ``test_NAME``.
+
+    Raises:
+        ImportError: If the network's library is missing.
+        ValueError: If the network is unknown, weights do not fit, or an argument is out of range.
+
+    Source:
+        LCNN (Srinivas et al., 2022); defaults from our experiments on CIFAR-10.
+
+    Example:
+        >>> classifier = LitClassifier("resnet18", 5, (1, 8, 8), network_args={"width": 2}, low_curvature=True)
+        >>> classifier(torch.rand(3, 1, 8, 8)).shape
+        torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        network: str = "resnet18",
+        num_classes: int = 10,
+        image_shape: tuple[int, int, int] = (3, 32, 32),
+        network_args: dict[str, Any] | None = None,
+        low_curvature: bool = False,
+        beta: float = 10.0,
+        gamma: float | None = None,
+        max_pool: str = "smooth",
+        pretrained: bool = False,
+        weights: str | None = None,
+        penalties: list[Penalty] | None = None,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        mean: float | list[float] = 0.5,
+        std: float | list[float] = 0.25,
+        metrics: dict[str, MeasuringMetric] | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("learning_rate", learning_rate)
+        check_non_negative("weight_decay", weight_decay)
+        self.save_hyperparameters(ignore=["penalties", "metrics"])
+        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.low_curvature, self.penalties, self.image_shape = low_curvature, penalties, tuple(image_shape)
+        self.normalize = Normalize(mean, std)
+        self.network = build_network(
+            network,
+            num_classes,
+            (image_shape[0], image_shape[1], image_shape[2]),
+            low_curvature=low_curvature,
+            beta=beta,
+            gamma=gamma,
+            max_pool=max_pool,
+            pretrained=pretrained,
+            weights=None if weights is None else weights_of(read_checkpoint(Path(weights)), Path(weights)),
+            arguments=network_args,
+        )
+        # a checkpoint of this module carries the weights itself
+        self.hparams.update(pretrained=False, weights=None)
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.measures = nn.ModuleDict(metrics or {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images in [0, 1]."""
+        return self.network(self.normalize(x))
+
+    def configure_penalties(self) -> list[Penalty]:
+        """The penalties given, or the default of the network's form."""
+        if self.penalties is not None:
+            return self.penalties
+        return [CurvaturePenalty()] if self.low_curvature else []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy; the mixin adds the penalties."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and the further metrics."""
+        self._measure(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and the further metrics."""
+        self._measure(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """SGD without decay of β and γ, and a one-cycle schedule over the whole run."""
+        groups = lcnn_parameter_groups(self, weight_decay=self.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoint, so that the command line knows what it holds."""
+        cls = type(self)
+        checkpoint[MARK] = {"class": f"{cls.__module__}.{cls.__qualname__}", "version": __version__}
+
+    def classifier(self) -> nn.Sequential:
+        """Normalisation and network without Lightning, in evaluation mode; shares the weights."""
+        return nn.Sequential(self.normalize, self.network).eval()
+
+    def _measure(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.accuracy(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{stage}_accuracy", self.accuracy, prog_bar=True)
+        for name, metric in self.measures.items():
+            metric.update(self, images, labels)
+            self.log(f"{stage}_{name}", metric)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std in front of a network, so that attacks and radii are in pixels of [0, 1].
+
+    Args:
+        mean: One number or one per channel.
+        std: One number or one per channel, > 0.
+
+    Raises:
+        ValueError: If a ``std`` is not above 0.
+
+    Source:
+        Ours.
+
+    Example:
+        >>> Normalize(0.5, 0.25)(torch.ones(1, 1, 1, 1)).item()
+        2.0
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        super().__init__()
+        for name, value in (("mean", mean), ("std", std)):
+            numbers = [value] if isinstance(value, int | float) else list(value)
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        check_positive("std", self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised images."""
+        return (x - self.mean) / self.std

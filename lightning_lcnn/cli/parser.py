@@ -1,0 +1,84 @@
+"""Help and errors of ``fit``, ``validate`` and ``test``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_lcnn import data  # noqa: F401  (its classes can then be named without their module)
+from lightning_lcnn.classifier import LitClassifier  # noqa: F401
+
+EXAMPLES = {
+    "fit": """Train a network. Everything can be in a YAML file (--config), on the command line, or both.
+
+  lightning-lcnn fit --config examples/configs/digits.yaml --output outputs/digits
+  lightning-lcnn fit --model LitClassifier --model.low_curvature true --data ImageFolder --data.folder DIR
+  lightning-lcnn fit --model my_module.LitNet --data TorchvisionData --data.dataset CIFAR10
+  lightning-lcnn fit --config outputs/digits/config.yaml --output outputs/digits --ckpt_path last   (go on)
+
+Options of a class: --model.help LitClassifier, --data.help ImageFolder. All of a run: --print_config.""",
+    "validate": """Loss, accuracy and metrics on the validation images.
+
+  lightning-lcnn validate --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
+    "test": """Loss, accuracy and metrics on the test images.
+
+  lightning-lcnn test --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
+}
+_BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
+
+
+class TrainingParser(LightningArgumentParser):
+    """Parser whose help starts with examples and whose errors are one line."""
+
+    def format_help(self, *arguments: Any) -> str:
+        """The description as it is written, then the options."""
+        description, self.description = self.description or "", None
+        try:
+            options = super().format_help(*arguments)
+        finally:
+            self.description = description
+        return f"{description}\n\n{options}"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with 2."""
+        print(f"lightning-lcnn: error: {_one_line(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(message: str) -> str:
+    key = re.search(r'Parser key "(\w+)"', message)
+    given = re.search(r"Given value: ([\w.]+)$", message.strip())
+    if key and given and key[1] in _BASES:
+        return unknown_class(key[1], given[1], message)
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    return "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
+
+
+def unknown_class(key: str, name: str, message: str) -> str:
+    """Message for a class that cannot be found, with names like it."""
+    module, _, last = name.rpartition(".")
+    known = sorted(_names(_BASES[key])) if not module else sorted(vars(sys.modules.get(module, object)))
+    near = difflib.get_close_matches(last, known, n=3, cutoff=0.5)
+    prefix = f"{module}." if module else ""
+    hint = f"did you mean {' or '.join(prefix + n for n in near)}? " if near else ""
+    problem = re.search(r"Problem with given class_path.*?\n\s*(.+)", message)
+    why = f" ({problem[1].strip()})" if problem else ""
+    example = "my_module.LitNet" if key == "model" else "my_module.Data"
+    return (
+        f"--{key} {name} names no {_BASES[key].__name__}{why}: {hint}Yours need their import path, such as {example}."
+    )
+
+
+def _names(base: Any) -> set[str]:
+    """Names of all classes below a base that are ours or the user's."""
+    found = set()
+    for cls in base.__subclasses__():
+        found |= _names(cls)
+        if not cls.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            found.add(cls.__name__)
+    return found

@@ -1,0 +1,164 @@
+"""``fit``, ``validate`` and ``test``: Lightning's own command line with a run folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from lightning_lcnn._files import check_writable, write_json, written_whole
+from lightning_lcnn.callbacks import CurvatureMonitor
+from lightning_lcnn.classifier import LitClassifier
+from lightning_lcnn.cli.history import History
+from lightning_lcnn.cli.parser import EXAMPLES, TrainingParser
+from lightning_lcnn.layers.parameter_groups import log_betas
+
+SHARED = ("num_classes", "image_shape")  # what a model takes over from its data
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one of Lightning's commands."""
+    TrainingCLI([command, *arguments])
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` to the run folder, whole."""
+
+    @override
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write it on the first process."""
+        with written_whole(Path(self.config.output) / "config.yaml") as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI whose runs each have a folder: ``config.yaml``, ``history.csv``, ``run.json``, ``checkpoints``.
+
+    Args:
+        arguments: Command and its options.
+
+    Source:
+        Ours.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._start = 0.0
+        super().__init__(
+            args=list(arguments),
+            parser_class=TrainingParser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={name: {"description": EXAMPLES[name]} for name in self.subcommands()},
+        )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's without ``predict``."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    @override
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse without Lightning's warning that there are arguments of the process too."""
+        self.config = parser.parse_args(args)
+
+    @override
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """The run folder, and what the model takes over from the data."""
+        parser.add_argument("--output", default="outputs/run", help="The run folder.")
+        parser.add_argument("--name", type=str | None, default=None, help="Of the run, by default the folder's.")
+        for key in SHARED:
+            parser.link_arguments(
+                "data", f"model.init_args.{key}", lambda data, key=key: self._shared(key, data), apply_on="instantiate"
+            )
+
+    def _shared(self, key: str, data: Any) -> Any:
+        """The data's value; the model's own where the data do not say."""
+        arguments = self.config[self.config.subcommand].get("model.init_args") or {}
+        own, of_data = arguments.get(key), getattr(data, key, None)
+        default = {"num_classes": 10, "image_shape": (3, 32, 32)}[key]
+        if of_data is None:
+            return own
+        if own not in (None, default, of_data):
+            raise ValueError(f"`model.{key}` is {own} and that of the data {of_data}; leave it out.")
+        return of_data
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add what a run folder needs and the user did not choose otherwise."""
+        config = self._get(self.config_init, "trainer", default={})
+        fits = self.subcommand == "fit"
+        if not fits:
+            self.save_config_callback = None
+        output = Path(self._get(self.config, "output"))
+        if fits and not config["fast_dev_run"]:
+            self._check_output(output)
+        config["default_root_dir"] = config["default_root_dir"] or str(output)
+        if config["logger"] is None:
+            config["logger"] = History(output) if fits else False
+        if fits:
+            config["callbacks"] = [*_as_list(config["callbacks"]), *self._callbacks(config, output)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, config: Any, output: Path) -> list[Any]:
+        present = _as_list(config["callbacks"])
+        added: list[Any] = []
+        wants_checkpoints = config["enable_checkpointing"] is not False and not config["fast_dev_run"]
+        if wants_checkpoints and not any(isinstance(c, ModelCheckpoint) for c in present):
+            added.append(ModelCheckpoint(output / "checkpoints", save_last=True, save_top_k=0))
+        watched = isinstance(self.model, LitClassifier) and log_betas(self.model) and config["logger"]
+        if watched and not any(isinstance(c, CurvatureMonitor) for c in present):
+            added.append(CurvatureMonitor())
+        return added
+
+    def _check_output(self, output: Path) -> None:
+        """Raise before the training starts if the folder cannot take, or has, a run."""
+        resumed = self._get(self.config, "ckpt_path")
+        last = output / "checkpoints" / "last.ckpt"
+        if resumed == "last" and not last.is_file():
+            raise FileNotFoundError(f"there is no run to continue in {output}: {last} does not exist.")
+        if resumed is None and ((output / "config.yaml").exists() or last.exists()):
+            raise ValueError(
+                f"{output} holds a run already: continue it with --ckpt_path last, or choose another --output."
+            )
+        check_writable(output)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Load checkpoints without running code, unless the user said otherwise."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in arguments and arguments["weights_only"] is None:
+            arguments["weights_only"] = True
+        return arguments
+
+    def before_fit(self) -> None:
+        """Note the time."""
+        self._start = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Write ``run.json`` and say what to do next."""
+        if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
+            return
+        output = Path(self._get(self.config, "output"))
+        record = {
+            "method": self._get(self.config, "name") or output.resolve().name,
+            "seed": self._get(self.config, "seed_everything"),
+            "epochs": self.trainer.current_epoch,
+            "seconds": round(time.perf_counter() - self._start, 1),
+            "resumed": self._get(self.config, "ckpt_path") is not None,
+        }
+        write_json(output / "run.json", record)
+        print(f"The run is in {output}. Measure it: lightning-lcnn evaluate {output}", file=sys.stderr)
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
