@@ -14,6 +14,7 @@ from lightning_lcnn.bounds.pieces import Concat, Diagonal, Number, Sum
 from lightning_lcnn.bounds.recursion import Leaf, Node, Recursion
 from lightning_lcnn.bounds.steps import Step, build_steps
 from lightning_lcnn.bounds.tracing import record
+from lightning_lcnn.functional._sharded import unsharded
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def trace(model: nn.Module) -> CurvatureGraph:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    model = getattr(model, "_orig_mod", model)
+    model = unsharded(getattr(model, "_orig_mod", model), gather=False)
     return CurvatureGraph(build_steps(model, record(model)))
 
 

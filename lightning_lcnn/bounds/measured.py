@@ -11,6 +11,7 @@ from lightning_lcnn.bounds.pieces import Diagonal, LayerBound, Scale, Shape, Sum
 from lightning_lcnn.bounds.shapes import record_shapes
 from lightning_lcnn.bounds.steps import Step, build_steps
 from lightning_lcnn.bounds.tracing import record
+from lightning_lcnn.functional._sharded import unsharded
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:
             "`example_input` must hold floating-point numbers of shape (N, ...) with N >= 1, got "
             f"{example_input.dtype} of shape {tuple(example_input.shape)}."
         )
-    return getattr(model, "_orig_mod", model)
+    return unsharded(getattr(model, "_orig_mod", model), gather=True)
 
 
 def _check_evaluation(model: nn.Module, steps: tuple[Step, ...]) -> None:

@@ -32,6 +32,7 @@ from lightning_lcnn.bounds.pooling_rules import (
     window_average,
     windows,
 )
+from lightning_lcnn.functional._sharded import whole
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 
@@ -127,7 +128,8 @@ def _non_negative(value: Number) -> bool:
 
 
 def _read(module: nn.Module, name: str) -> Tensor:
-    return getattr(module, name)
+    value = getattr(module, name)
+    return value if value is None else whole(value)
 
 
 def _linear(module: nn.Linear) -> Piece:

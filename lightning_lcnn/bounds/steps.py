@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from lightning_lcnn.bounds.function_rules import FUNCTION_RULES, Call, Constant, Signal, unknown_size
 from lightning_lcnn.bounds.module_rules import REFUSED, has_rule, piece_of
 from lightning_lcnn.bounds.pieces import Piece, Rearrange, Shape
+from lightning_lcnn.functional._sharded import whole
 
 _SIZES = ("size", "dim", "numel", "ndimension", "new_zeros", "new_ones", torch.zeros_like)
 _SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
@@ -73,7 +74,7 @@ class _Builder:
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "get_attr":
-            return Constant(operator.attrgetter(str(node.target)), (self.model,))
+            return Constant(partial(_read, str(node.target)), (self.model,))
         args = _replace(node.args, self.values)
         kwargs = {name: _replace(value, self.values) for name, value in node.kwargs.items()}
         if node.op == "call_module":
@@ -178,6 +179,10 @@ def _constant(call: Call) -> Constant:
     if isinstance(call.function, str):
         return Constant(_call_method, (call.function, *call.args), tuple(call.kwargs.items()))
     return Constant(call.function, call.args, tuple(call.kwargs.items()))
+
+
+def _read(name: str, model: nn.Module) -> Any:
+    return whole(operator.attrgetter(name)(model))
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

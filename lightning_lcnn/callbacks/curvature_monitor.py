@@ -15,6 +15,7 @@ from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.batch import batch_input
 from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
+from lightning_lcnn.functional._sharded import is_sharded
 from lightning_lcnn.penalties import GraphCache, network_of
 
 
@@ -121,7 +122,8 @@ class CurvatureMonitor(Callback):
 
     @torch.no_grad()
     def _log(self, trainer: Any, pl_module: Any, step: int) -> None:
-        if step == self._last_step or not trainer.is_global_zero:
+        # where FSDP2 shards the weights every process takes part in reading them
+        if step == self._last_step or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         self._last_step = step
         values = layer_values(network_of(pl_module))
@@ -129,7 +131,7 @@ class CurvatureMonitor(Callback):
         if surrogate is not None:
             values |= graph_values(surrogate) | network_totals(surrogate)
         numbers = to_numbers(values)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(numbers, step=step)
 
     @torch.no_grad()

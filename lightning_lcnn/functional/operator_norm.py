@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int
+from lightning_lcnn.functional._sharded import unsharded
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.linear_operators import conv_geometry, conv_operator, matrix_operator
 from lightning_lcnn.functional.power_iteration import largest_singular_triplet
@@ -127,6 +128,7 @@ def _conv_arguments(layer: Any) -> dict[str, Any]:
 
 
 def _checked_weight(layer: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    layer = unsharded(layer, gather=True)
     if type(layer) not in _WEIGHTS:
         known = ", ".join(sorted(kind.__name__ for kind in _WEIGHTS))
         raise TypeError(

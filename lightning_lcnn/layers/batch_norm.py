@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lcnn._checks import check_positive
-from lightning_lcnn.functional._sharded import scalar
+from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.batch_norm import (
     batch_norm_slope,
     channel_variance,
@@ -49,7 +49,8 @@ class _LipschitzBatchNorm(_NormBase):
             self.register_parameter("log_gamma", None)
         else:
             check_positive("gamma", gamma)
-            self.log_gamma = nn.Parameter(torch.full((1,), math.log(gamma), device=device, dtype=dtype))
+            self._start = math.log(gamma)
+            self.log_gamma = nn.Parameter(torch.full((1,), self._start, device=device, dtype=dtype))
         self.add_module("sync", nn.BatchNorm1d(num_features, affine=False, track_running_stats=False))
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -66,6 +67,12 @@ class _LipschitzBatchNorm(_NormBase):
         if name != "sync":
             raise ValueError(f"{type(self).__name__} takes no submodules, got {name!r}.")
         object.__setattr__(self, "_sync", module)
+
+    def reset_parameters(self) -> None:
+        """Reset as torch does, and γ to its start value."""
+        super().reset_parameters()
+        if self._parameters.get("log_gamma") is not None:  # torch's constructor calls this before there is one
+            nn.init.constant_(cast(Tensor, self.log_gamma), self._start)
 
     @property
     def gamma(self) -> Tensor | None:
@@ -86,9 +93,9 @@ class _LipschitzBatchNorm(_NormBase):
         factor = self._factor(variance)
         scale = torch.rsqrt(variance + self.eps) * factor
         if self.weight is not None:
-            scale = scale * self.weight
+            scale = scale * whole(self.weight)
         shift = -scale * cast(Tensor, self.running_mean)
-        return scale, shift if self.bias is None else shift + self.bias * factor
+        return scale, shift if self.bias is None else shift + whole(self.bias) * factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x of shape (N, C, ...) and clip the slope to γ."""
@@ -125,7 +132,7 @@ class _LipschitzBatchNorm(_NormBase):
 
     def _unclipped_slope(self, variance: Tensor) -> Tensor:
         dtype = torch.promote_types(variance.dtype, torch.float32)
-        weight = None if self.weight is None else self.weight.to(dtype)
+        weight = None if self.weight is None else whole(self.weight).to(dtype)
         return batch_norm_slope(weight, variance.to(dtype), self.eps)
 
     def _factor(self, variance: Tensor) -> Tensor:

@@ -38,11 +38,14 @@ class SpectralLayer(nn.Module):
     spectral_gradient: Tensor  # shaped like weight
     right_vector: Tensor  # input shape without batch; (0,) until the input size is known
     log_gamma: nn.Parameter | None
+    _start: float | None = None  # log γ at the start
+    _constant_buffers = _STATE[1:]  # forward only reads them
 
     def _create_spectral_state(self, gamma: float | None, right_shape: tuple[int, ...] | None) -> None:
         if gamma is not None:
             check_positive("gamma", gamma)
-        log_gamma = None if gamma is None else nn.Parameter(self.weight.new_full((1,), math.log(gamma)))
+        self._start = None if gamma is None else math.log(gamma)
+        log_gamma = None if self._start is None else nn.Parameter(self.weight.new_full((1,), self._start))
         self.register_parameter("log_gamma", log_gamma)
         self.register_buffer("spectral_gradient", torch.zeros_like(self.weight, requires_grad=False))
         self.register_buffer("right_vector", self.weight.new_zeros(right_shape or (0,)))
@@ -175,9 +178,11 @@ class SpectralLayer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw new weights as torch does, and find their G."""
+        """Draw new weights as torch does, set γ to its start value, and find G."""
         super().reset_parameters()  # type: ignore[misc]
         if "spectral_gradient" in self._buffers:  # torch's constructor calls this before the buffers exist
+            if self.log_gamma is not None and self._start is not None:
+                nn.init.constant_(self.log_gamma, self._start)
             self._reset_or_wait()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
