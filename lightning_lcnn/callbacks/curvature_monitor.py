@@ -14,7 +14,15 @@ from lightning_lcnn._checks import check_int
 from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.batch import batch_input
-from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
+from lightning_lcnn.callbacks.curvature_values import (
+    graph_values,
+    layer_values,
+    logger_keys,
+    network_totals,
+    to_numbers,
+)
+from lightning_lcnn.callbacks.phases import phase
+from lightning_lcnn.callbacks.tensorboard import add_histograms, add_layout
 from lightning_lcnn.functional._sharded import is_sharded
 from lightning_lcnn.penalties import GraphCache, network_of
 
@@ -30,6 +38,10 @@ class CurvatureMonitor(Callback):
     ``lcnn/log_curvature``. These totals follow from the layers' training slopes; they are estimates, equal to the
     penalty's. At the end of each training and validation epoch they are also in ``trainer.callback_metrics``, where
     ModelCheckpoint and EarlyStopping find them.
+
+    TensorBoard also gets the distributions of β and γ over the layers, as histograms, and a layout with one chart per
+    quantity and a line per layer, in its tab CUSTOM SCALARS. Characters of layer names that some logger refuses
+    (MLflow takes ASCII letters, digits and ``_ - .`` there) are logged as ``_``.
 
     Where the network's graph cannot be traced there are no totals and shares, with one warning.
 
@@ -73,10 +85,21 @@ class CurvatureMonitor(Callback):
         self._last_step = -1
         self._example: Tensor | None = None
 
+    @property
+    def logs_totals(self) -> bool:
+        """Whether it logs slope and curvature of the network, as far as is known: not once tracing has failed."""
+        return self._traceable
+
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the last run."""
         self._cache, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lay out TensorBoard's charts."""
+        if trainer.is_global_zero:
+            add_layout(trainer.loggers)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -114,7 +137,7 @@ class CurvatureMonitor(Callback):
             return
         self._show(pl_module)
         if self.certified and self._example is not None:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), phase(trainer, "certified_bound"):
                 bound = bounds.network_bound(network_of(pl_module), self._example.to(pl_module.device))
             # The largest of all processes, whose running statistics may differ: still a bound for each of them.
             for key, value in (("slope", bound.slope), ("curvature", bound.curvature)):
@@ -126,13 +149,16 @@ class CurvatureMonitor(Callback):
         if step == self._last_step or not (trainer.is_global_zero or is_sharded(pl_module)):
             return
         self._last_step = step
-        values = layer_values(network_of(pl_module))
-        surrogate = self._surrogate(pl_module)
-        if surrogate is not None:
-            values |= graph_values(surrogate) | network_totals(surrogate)
-        numbers = to_numbers(values)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.log_metrics(numbers, step=step)
+        with phase(trainer, "monitor"):
+            values = layer_values(network_of(pl_module))
+            surrogate = self._surrogate(pl_module)
+            if surrogate is not None:
+                values |= graph_values(surrogate) | network_totals(surrogate)
+            numbers = logger_keys(to_numbers(values))
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.log_metrics(numbers, step=step)
+                add_histograms(trainer.loggers, numbers, step)
 
     @torch.no_grad()
     def _show(self, pl_module: Any) -> None:

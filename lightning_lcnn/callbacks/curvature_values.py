@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.layers import LearnableBeta, SpectralLayer
 from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
+
+TOTALS = ("lcnn/log_ratio", "lcnn/log_slope", "lcnn/log_curvature")
 
 
 def layer_values(module: nn.Module) -> dict[str, Tensor]:
@@ -36,11 +39,8 @@ def _normalised_layer_values(name: str, layer: _LipschitzBatchNorm | SpectralLay
 
 def network_totals(surrogate: Surrogate) -> dict[str, Tensor]:
     """Logarithms of the network's estimated slope and curvature bounds and of their ratio."""
-    return {
-        "lcnn/log_ratio": surrogate.log_ratio,
-        "lcnn/log_slope": surrogate.log_slope,
-        "lcnn/log_curvature": surrogate.log_curvature,
-    }
+    totals = (surrogate.log_ratio, surrogate.log_slope, surrogate.log_curvature)
+    return dict(zip(TOTALS, totals, strict=True))
 
 
 def graph_values(surrogate: Surrogate) -> dict[str, Tensor]:
@@ -61,3 +61,21 @@ def to_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
         return {}
     stacked = torch.stack([value.detach().float() for value in values.values()])
     return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def logger_keys(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The numbers under keys ``group/layer`` that every logger takes; MLflow is the strictest.
+
+    Other characters become ``_``, keys that are then equal get a number, and a network that is one layer, whose name is
+    empty, is called ``network``.
+    """
+    keyed: dict[str, float] = {}
+    for key, number in numbers.items():
+        group, layer = key.split("/", 1)
+        name = stem = f"{group}/{re.sub(r'[^A-Za-z0-9_.-]', '_', layer) or 'network'}"
+        count = 1
+        while name in keyed:
+            count += 1
+            name = f"{stem}_{count}"
+        keyed[name] = number
+    return keyed

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn.callbacks.curvature_monitor import CurvatureMonitor
+from lightning_lcnn.callbacks.curvature_values import TOTALS
 from lightning_lcnn.callbacks.forward_capture import ForwardCapture
 from lightning_lcnn.callbacks.phases import phase
 from lightning_lcnn.penalties import Penalty
@@ -71,9 +73,16 @@ def sum_penalties(
             total = value + total.to(value.device)
             parts.update({_numbered(key, parts): part for key, part in its_parts.items()})
     if trainer is not None and module._current_fx_name == "training_step" and _logs_now(trainer):
-        for key, part in parts.items():
-            module.log(f"lcnn/{key}", part)
+        _log(trainer, module, {f"lcnn/{key}": part for key, part in parts.items()})
     return total
+
+
+def _log(trainer: Any, module: Any, parts: Mapping[str, Tensor]) -> None:
+    """All parts but those that a monitor logs for the same step, after it: a curve would have two points there."""
+    monitored = any(isinstance(callback, CurvatureMonitor) and callback.logs_totals for callback in trainer.callbacks)
+    for key, part in parts.items():
+        if not (monitored and key in TOTALS):
+            module.log(key, part)
 
 
 def _evaluate(
