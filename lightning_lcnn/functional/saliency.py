@@ -111,7 +111,7 @@ def cosine_agreement(a: Tensor, b: Tensor) -> Tensor:
 def top_k_agreement(a: Tensor, b: Tensor, fraction: float = 0.1) -> Tensor:
     """Share of the most important entries that two explanations of each example have in common.
 
-    |top_k(|a|) ∩ top_k(|b|)| / k with k = fraction of the entries, at least one
+    ``|top_k(|a|) ∩ top_k(|b|)| / k`` with k = fraction of the entries, at least one
 
     Two unrelated explanations share ``fraction`` on average.
 

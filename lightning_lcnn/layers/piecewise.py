@@ -71,7 +71,7 @@ class PiecewiseSoftplus(nn.Module):
         return max(abs(self.slope + sum(self.changes[:count])) for count in range(len(self.kinks) + 1))
 
     def curvature_bound(self) -> Tensor:
-        """Bound on the magnitude of f″, shape (), differentiable in β."""
+        """Bound on the size of f″, shape (), differentiable in β."""
         rising = sum(change for change in self.changes if change > 0)
         return self.softplus.beta * (max(rising, rising - sum(self.changes)) / 4)
 

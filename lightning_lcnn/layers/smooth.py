@@ -57,7 +57,7 @@ class ScaledActivation(LearnableBeta):
 class SmoothPReLU(nn.Module):
     r"""Smooth PReLU :math:`y = w x + (1 - w)\, s(x; β)` with the learnable slope w of the negative side.
 
-    For β → ∞ it is ``nn.PReLU``. Its slopes lie between w and 1, and its curvature is at most |1 - w| β/4. The
+    For β → ∞ it is ``nn.PReLU``. Its slopes lie between w and 1, and its curvature is at most ``|1 - w|`` β/4. The
     parameter is called ``weight`` as in torch.
 
     Args:
@@ -88,11 +88,11 @@ class SmoothPReLU(nn.Module):
         return weight * x + (1 - weight) * self.softplus(x)
 
     def slope_bound(self) -> Tensor:
-        """Lipschitz constant for every β, max(|w|, 1), shape ()."""
+        """Lipschitz constant for every β, ``max(|w|, 1)``, shape ()."""
         return whole(self.weight).abs().amax().clamp_min(1.0)
 
     def curvature_bound(self) -> Tensor:
-        """Bound on |y''|, shape (), differentiable in w and β."""
+        """Bound on the size of y″, shape (), differentiable in w and β."""
         return self.softplus.beta * ((1 - whole(self.weight)).abs().amax() / 4)
 
 
@@ -133,7 +133,7 @@ class SmoothELU(nn.Module):
         return self.scale * (F.elu(x, self.alpha) + (1 - self.alpha) * rounded)
 
     def curvature_bound(self) -> Tensor:
-        """Bound on |y''|, shape (), differentiable in β."""
+        """Bound on the size of y″, shape (), differentiable in β."""
         bend = self.softplus.beta * (abs(1 - self.alpha) / 4)
         opposed = self.alpha < 0 or self.alpha > 1  # the exponential bends one way, the rounded kink the other
         return self.scale * (bend.clamp_min(abs(self.alpha)) if opposed else bend + self.alpha)
@@ -179,6 +179,6 @@ class SmoothHardswish(nn.Module):
         return -(beta / 8 + _LOGISTIC_MOMENT / 6), torch.tanh(1.5 * beta) / 3
 
     def curvature_bound(self) -> Tensor:
-        """Bound on |y''|, shape (), differentiable in β."""
+        """Bound on the size of y″, shape (), differentiable in β."""
         low, high = self.curvature_ends()
         return torch.maximum(-low, high)
