@@ -7,6 +7,7 @@ from lightning_lcnn.functional.certificates import (
     second_order_dual_radius,
     taylor_radius,
 )
+from lightning_lcnn.functional.compiled_softplus import compiled_softplus_in_use, use_compiled_softplus
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.hessian_operator import HessianOperator
 from lightning_lcnn.functional.input_derivatives import (
@@ -65,6 +66,7 @@ __all__ = [
     "batch_norm_slope",
     "centered_softplus",
     "clip_factor",
+    "compiled_softplus_in_use",
     "conv_norm_bound",
     "cosine_agreement",
     "filtered_power_iteration",
@@ -95,4 +97,5 @@ __all__ = [
     "target_logit",
     "taylor_radius",
     "top_k_agreement",
+    "use_compiled_softplus",
 ]

@@ -26,3 +26,8 @@ def on_plain_cpu(*tensors: Tensor) -> bool:
     return dtype in (torch.float32, torch.float64) and all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype for t in tensors
     )
+
+
+def stored(values: Tensor) -> Tensor:
+    """The same few values: has the compiler write them down, not compute them in each turn of a long loop."""
+    return torch.as_strided(values, values.shape, values.stride())

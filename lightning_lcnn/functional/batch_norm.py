@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu
+from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, stored
 
 
 def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -146,16 +146,14 @@ def clipped_batch_norm(
         tensor([[-0.5000],
                 [ 0.5000]])
     """
-    compiling = is_compiling_for_training()
-    with torch.set_grad_enabled(compiling and torch.is_grad_enabled()):
+    with torch.no_grad():
         value, mean, gain = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-    gain = gain.detach()
     factor = clip_factor((gain if weight is None else gain * weight.abs()).max(), gamma)
-    if compiling:
-        return value * factor
+    weight, bias = scaled_affine(weight, bias, factor, running_mean, x.shape[1])
+    if is_compiling_for_training():  # which drops the value, and computes it where it fits in
+        return _TracedNormalized.apply(x, weight, bias, mean, gain, eps)
     if factor.item() < 1.0:
         value.mul_(factor.detach())
-    weight, bias = scaled_affine(weight, bias, factor, running_mean, x.shape[1])
     return _Normalized.apply(x, weight, bias, value, mean, gain, eps)
 
 
@@ -173,12 +171,35 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, gain = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, gain, True, ctx.eps, wanted
-        )
-        return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None)
+        return (*_gradients(ctx, grad), None, None, None, None)
+
+
+class _TracedNormalized(torch.autograd.Function):
+    """The same for the compiler, from the statistics and by one multiplication and addition a value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, gain: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, gain)
+        ctx.eps = eps
+        scale = gain * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        scale, shift = [stored(v).view(-1, *[1] * (x.ndim - 2)) for v in (scale, shift)]
+        return (x * scale + shift).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grad), None, None, None)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, gain = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, gain, True, ctx.eps, wanted
+    )
+    return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
 def synchronized_moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lcnn._checks import check_positive
-from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu
+from lightning_lcnn.functional import _softplus_kernels as formulas
+from lightning_lcnn.functional import compiled_softplus as compiled
+from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, stored
 
 # From this β on the in-place form errs by at most 1e-7 / β in the value.
 _MIN_IN_PLACE_BETA = 1.0
@@ -30,7 +32,8 @@ def centered_softplus(x: Tensor, beta: float | Tensor, inplace: bool = False) ->
 
     Eager calls run a fused kernel with its own backward, which saves the input and shares the saved output with the
     layer that follows; ``torch.compile`` gets one whose operations it can fuse. Under ``torch.export``, ``torch.func``
-    and forward-mode differentiation the same function is composed of differentiable operations.
+    and forward-mode differentiation the same function is composed of differentiable operations. On the CPU
+    :func:`~lightning_lcnn.functional.use_compiled_softplus` makes the in-place form three times as fast.
 
     With ``inplace`` a network needs the memory of one with in-place ReLU: the output replaces x and backward recovers
     :math:`σ = 1 - e^{-βs}/2` from it. Value and slope then err by up to 1e-7 / β and 1e-7, however small they are.
@@ -67,6 +70,8 @@ def centered_softplus(x: Tensor, beta: float | Tensor, inplace: bool = False) ->
         check_positive("beta", beta)
         beta = torch.as_tensor(beta, dtype=compute_dtype, device=x.device)
     if is_compiling_for_training():
+        if inplace and beta.numel() == 1 and x.dtype == torch.float32 and x.device.type == "cpu":
+            return _TracedFromOutput.apply(x, beta)
         return _TracedCenteredSoftplus.apply(x.to(compute_dtype), beta).to(x.dtype)
     if needs_composite():
         return _composite(x.to(compute_dtype), beta).to(x.dtype)
@@ -132,10 +137,10 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        number = beta.item()
-        if number > _UNDERFLOW / 5:  # below, only outliers of more than 5 standard deviations underflow
-            x.clamp_(min=-_UNDERFLOW / number)
-        torch._C._nn.softplus(x, number, out=x).sub_(math.log(2.0) / number)  # type: ignore[call-arg]
+        if compiled.fits(x):
+            compiled.value(x, beta)
+        else:
+            _write_value(x, beta.item())
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, beta)
         return x
@@ -151,6 +156,8 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
                 return grad_x, None
             x_times_beta = beta * value + torch.log1p(1.0 - e)
             return grad_x, ((grad_x * x_times_beta).sum() / beta - (grad * value).sum()) / beta
+        if compiled.fits(grad, value):
+            return compiled.gradients(grad, value, beta, of_beta=ctx.needs_input_grad[1])
         e = torch.mul(value, beta * (-1.0 / math.log(2.0))).exp2_().clamp_(max=largest)
         grad_x = torch.addcmul(grad, grad, e, value=-0.5)
         if not ctx.needs_input_grad[1]:
@@ -158,6 +165,35 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
         logarithm = torch.sub(e.new_ones(()), e, out=e).log1p_()
         inner = _sum_product(grad_x, value, beta) - _sum_product(grad, value, beta)
         return grad_x, (inner + _sum_product(grad_x, logarithm, beta) / beta) / beta
+
+
+def _write_value(x: Tensor, beta: float) -> None:
+    """Overwrite x with log1p(exp(βx))/β - log(2)/β."""
+    shift = x.new_tensor(-math.log(2.0) / beta)
+    low, high = (end.item() for end in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    if max(-low, high) * beta < _UNDERFLOW:  # then torch's fastest exponential, a third less time than softplus
+        x.mul_(beta / math.log(2.0)).exp2_().log1p_()
+        torch.add(shift, x, alpha=1.0 / beta, out=x)
+        return
+    x.clamp_(min=-_UNDERFLOW / beta)
+    torch._C._nn.softplus(x, beta, out=x).add_(shift)  # type: ignore[call-arg]
+
+
+class _TracedFromOutput(torch.autograd.Function):
+    """The same for the compiler, in float32 on the CPU: backward needs nothing but what the next layer keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
+        value = formulas.value(x, *[stored(scalar) for scalar in formulas.scalars(beta)])
+        ctx.save_for_backward(value, beta)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        value, beta = ctx.saved_tensors
+        number, rate, inverse = [stored(scalar) for scalar in formulas.scalars(beta)]
+        grad_x, total = formulas.gradients(grad, value, number, rate)
+        return grad_x, (total * inverse.square()).view(beta.shape)
 
 
 class _TracedCenteredSoftplus(torch.autograd.Function):
@@ -182,13 +218,9 @@ class _TracedCenteredSoftplus(torch.autograd.Function):
 
 def _sum_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum of a·b over the dimensions along which ``like`` is broadcast; one dot product where it is a scalar."""
-    if like.numel() == 1 and a.dtype == b.dtype == like.dtype and a.stride() == b.stride() and _is_dense(a):
+    if like.numel() == 1 and a.dtype == b.dtype == like.dtype and a.stride() == b.stride() and compiled.is_dense(a):
         return torch.dot(_flat(a), _flat(b)).view(like.shape)
     return (a.to(like.dtype) * b).sum_to_size(like.shape)
-
-
-def _is_dense(a: Tensor) -> bool:
-    return a.is_contiguous() or (a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last))
 
 
 def _flat(a: Tensor) -> Tensor:
