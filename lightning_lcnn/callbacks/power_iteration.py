@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn.callbacks.averages import averaged_networks, check_averages, converge_averages
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.callbacks.checks import check_optimizers, check_strategy
 from lightning_lcnn.callbacks.phases import phase
@@ -28,6 +29,9 @@ class PowerIteration(Callback):
     The largest residual :math:`\|W^\top u - σ v\| / σ` is logged as ``lcnn/spectral_residual`` on logging steps.
     Without spectral layers the callback only checks strategy and optimizers.
 
+    Where a callback averages the weights (WeightAveraging, EMAWeightAveraging), the norms of the averaged network are
+    iterated to convergence before it is validated or saved and when it takes the network's place at the end.
+
     :class:`~lightning_lcnn.LCNNMixin` adds this callback with its defaults where the trainer has none.
 
     Args:
@@ -41,7 +45,8 @@ class PowerIteration(Callback):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range; at setup, under FSDP1 and DeepSpeed ZeRO stage 3.
+        ValueError: If an argument is out of range; at setup, under FSDP1 and DeepSpeed ZeRO stage 3; when the fit
+            starts, if weights are averaged and a spectral layer does not know its input size yet.
 
     Source:
         LCNN (Srinivas et al., 2022) refreshes in every forward; the constant G, the interval and the Chebyshev filter
@@ -84,6 +89,7 @@ class PowerIteration(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizers, and converge unless this fit continues another one."""
         check_optimizers(trainer.optimizers, pl_module)
+        check_averages(trainer, pl_module)
         self._active = any(True for _ in spectral_layers(pl_module))
         continued = self._restored or trainer.global_step > 0
         self._restored = False
@@ -111,6 +117,23 @@ class PowerIteration(Callback):
                 self.residual = update_spectral_norm(pl_module, self.num_iterations)
         if self.residual is not None and trainer._logger_connector.should_update_logs:
             pl_module.log("lcnn/spectral_residual", self.residual)
+
+    @override
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the averaged network valid before its callback puts it in the network's place."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            converge_averages(trainer, self.tolerance, self.max_iterations)
+
+    @override
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Make the averaged network valid, in place: the checkpoint may hold its tensors already."""
+        converge_averages(trainer, self.tolerance, self.max_iterations)
+
+    @override
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the network valid that has got the averaged weights."""
+        if averaged_networks(trainer):
+            reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Layers of known slope and curvature."""
 
 from lightning_lcnn.layers.activation import CenteredSoftplus, LearnableBeta
+from lightning_lcnn.layers.averaging import update_bn
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.parameter_groups import (
     lcnn_parameter_groups,
@@ -38,5 +39,6 @@ __all__ = [
     "low_curvature_parameters",
     "reset_spectral_norm",
     "spectral_layers",
+    "update_bn",
     "update_spectral_norm",
 ]
