@@ -1,29 +1,85 @@
-"""Every python block of README.md and docs/*.md runs, in order, one namespace per file, in an empty folder."""
+"""The documentation is true: examples run, links and commands lead somewhere, the reference is complete."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import lightning_lcnn
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+SOURCES = sorted(p for p in (*DOCS.rglob("*.md"), *DOCS.rglob("*.rst")) if "_build" not in p.parts)
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(p for p in SOURCES if p.suffix == ".md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+COMMAND = re.compile(r"python (examples/\w+\.py)((?: +[^\s`|;)]+| *\\\n)*)")
+TOCTREE = re.compile(r"^```{toctree}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OBJECT = re.compile(r"^\.\. auto(?:class|data|function):: (\w+)$", re.MULTILINE)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on loaders and loggers, no part of the example
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, one namespace per page, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "page.py"
     script.write_text("\n".join(BLOCK.findall(page.read_text())))
     runpy.run_path(str(script), run_name="page")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_and_pictures_exist(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if COMMAND.search(p.read_text())], ids=name)
+def test_commands_name_files_and_options_that_exist(page: Path) -> None:
+    for script, arguments in COMMAND.findall(page.read_text()):
+        assert (ROOT / script).exists(), f"{page.name} runs {script}"
+        known = "".join(p.read_text() for p in (ROOT / script, ROOT / "examples" / "benchmarking.py"))
+        for option in re.findall(r"(--[\w-]+)", arguments):
+            spelled = option in known or f'"{option[2:].replace("-", "_")}"' in known  # options made in a loop
+            assert spelled, f"{page.name}: {script} has no {option}"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = {DOCS / "index"}
+    for page in SOURCES:
+        for body in TOCTREE.findall(page.read_text()):
+            listed |= {page.parent / line for line in body.split("\n") if line and not line.startswith(":")}
+    assert {page.with_suffix("") for page in SOURCES} == listed
+
+
+def documented_modules() -> list[ModuleType]:
+    pages = sorted(p.stem for p in (DOCS / "api").glob("*.rst"))
+    return [
+        lightning_lcnn if page == "lightning_lcnn" else importlib.import_module(f"lightning_lcnn.{page}")
+        for page in pages
+    ]
+
+
+@pytest.mark.parametrize("module", documented_modules(), ids=lambda m: m.__name__)
+def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
+    page = DOCS / "api" / f"{module.__name__.split('.')[-1]}.rst"
+    listed = set(OBJECT.findall(page.read_text()))
+    for key in getattr(module, "__all__", ()):
+        value = getattr(module, key)
+        if isinstance(value, ModuleType):
+            assert (DOCS / "api" / f"{key}.rst").exists(), f"no page of the API reference for {value.__name__}"
+        elif module is not lightning_lcnn:
+            assert key in listed, f"{module.__name__}.{key} is public; add it to {page.relative_to(ROOT)}"
+        elif not key.startswith("_"):
+            assert key in page.read_text(), f"{key} is public; add it to {page.relative_to(ROOT)}"
+    for key in listed:
+        assert hasattr(module, key), f"{page.relative_to(ROOT)} lists {key}, which {module.__name__} has not"
