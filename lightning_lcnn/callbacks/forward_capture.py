@@ -32,7 +32,7 @@ class ForwardCapture:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        network = network_of(module)
+        network = network_of(module, compiled=True)
         children = trained_children(network) if network is module else []
         self._networks = [network, *(children if len(children) == 1 else [])]
         self._open: dict[nn.Module, list[tuple[nn.Module, Tensor]]] = {n: [] for n in self._networks}

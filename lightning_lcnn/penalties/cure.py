@@ -6,12 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lcnn.functional._extra_pass import ExtraPasses
 from lightning_lcnn.functional.gradient_penalties import cure_direction, cure_penalty
 from lightning_lcnn.functional.input_function import Adapter
 from lightning_lcnn.functional.outputs import Output
 from lightning_lcnn.penalties.base import Schedule
-from lightning_lcnn.penalties.input_gradient import InputGradientPenalty
+from lightning_lcnn.penalties.input_gradient import (
+    BatchFunction,
+    InputGradientPenalty,
+    check_twice_differentiable,
+    input_gradient,
+)
 
 
 class CurePenalty(InputGradientPenalty):
@@ -58,13 +62,12 @@ class CurePenalty(InputGradientPenalty):
     ) -> None:
         super().__init__(weight, output, step_size, schedule, adapter)
 
-    def _value(self, passes: ExtraPasses, x: Tensor, target: Tensor, logits: Any) -> Tensor:
-        values, point = self._outputs_and_point(passes, x, target, logits)
-        gradient = self._gradient(values, point, passes.network, create_graph=True)
-        direction = cure_direction(gradient)
-        shifted = (point + self.step_size * direction).detach().requires_grad_()
-        shifted_values = self._outputs(passes, shifted, target)
-        return cure_penalty(self._gradient(shifted_values, shifted, passes.network, create_graph=True), gradient)
+    def _value(self, function: BatchFunction, x: Tensor, logits: Any) -> Tensor:
+        values, point = function.at(x, logits)
+        check_twice_differentiable(function.passes.network, values, point)
+        gradient = input_gradient(values, point, create_graph=True)
+        shifted = (point + self.step_size * cure_direction(gradient)).detach().requires_grad_()
+        return cure_penalty(input_gradient(function(shifted), shifted, create_graph=True), gradient)
 
     def __repr__(self) -> str:
         """Constructor call."""

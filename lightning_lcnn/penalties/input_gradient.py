@@ -13,11 +13,9 @@ from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional._extra_pass import ExtraPasses
 from lightning_lcnn.functional._graph_nodes import graph_nodes, is_once_differentiable
 from lightning_lcnn.functional.input_function import Adapter, logits_of
-from lightning_lcnn.functional.outputs import Output, resolve_output
+from lightning_lcnn.functional.outputs import Output, logit_margin, resolve_output, runner_up, target_logit
 from lightning_lcnn.penalties.base import Penalty, Schedule
 from lightning_lcnn.penalties.network import network_of
-
-_twice_differentiable: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
 
 
 class InputGradientPenalty(Penalty):
@@ -47,66 +45,112 @@ class InputGradientPenalty(Penalty):
     ) -> None:
         super().__init__(weight, schedule)
         check_positive("step_size", step_size)
+        resolve_output(output)
         self.output = output
         self.step_size = step_size
         self.adapter = adapter
-        resolve_output(output)
 
-    def terms(self, model: nn.Module | Callable[..., Any], *inputs: Tensor, logits: Any = None) -> dict[str, Tensor]:
+    def terms(self, model: Any, *inputs: Tensor, logits: Any = None) -> dict[str, Tensor]:
         """Unweighted value under ``name``; x (B, ...), target (B,), and the logits for x where they are known."""
-        x, target = _check_batch(inputs)
-        passes = ExtraPasses(network_of(model))
+        x, target = _check_batch(inputs, named_output=isinstance(self.output, str))
+        if logits is not None and not x.requires_grad:
+            raise ValueError(
+                "`x` must require a gradient and `logits` be computed from it: x = x.requires_grad_() before "
+                "logits = model(x). Or leave `logits` away."
+            )
+        passes = ExtraPasses(network_of(model, compiled=True))
         with torch.enable_grad():
-            value = self._value(passes, x, target, logits)
+            value = self._value(self._function(passes, target), x, logits)
             if passes.drew and logits is not None:  # dropout: a pass of our own cannot know the masks of the logits
-                value = self._value(passes, x, target, None)
+                value = self._value(self._function(passes, target), x, None)
         return {self.name: value}
 
-    def _value(self, passes: ExtraPasses, x: Tensor, target: Tensor, logits: Any) -> Tensor:
+    def _function(self, passes: ExtraPasses, target: Tensor) -> BatchFunction:
+        return BatchFunction(passes, target, resolve_output(self.output), self.adapter)
+
+    def _value(self, function: BatchFunction, x: Tensor, logits: Any) -> Tensor:
         raise NotImplementedError
 
-    def _outputs(self, network: Callable[..., Any], x: Tensor, target: Tensor) -> Tensor:
-        """Scalar outputs (B,) of a network at x, in at least float32."""
-        logits = logits_of(network, x, self.adapter)
-        values = resolve_output(self.output)(logits, target)
+
+class BatchFunction:
+    """x -> output(logits(x), target), (B, ...) to (B,), for one batch.
+
+    The margin keeps the rival class of the first call: it would otherwise jump in its gradient where the rival changes.
+    """
+
+    def __init__(self, passes: ExtraPasses, target: Tensor, output: Output, adapter: Adapter | None) -> None:
+        self.passes = passes
+        self.target = target
+        self.output = output
+        self.adapter = adapter
+
+    def __call__(self, x: Tensor, logits: Any = None) -> Tensor:
+        """Outputs (B,), of the given logits or of a pass."""
+        logits = logits_of(self.passes if logits is None else lambda _: logits, x, self.adapter)
+        if self.output is logit_margin and logits.shape[1] > 1:
+            rival = runner_up(logits, self.target)
+            self.output = lambda logits, target: target_logit(logits, target) - target_logit(logits, rival)
+        values = self.output(logits, self.target)
         if not isinstance(values, Tensor) or values.shape != (len(x),):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"`output` must return one value per example, shape ({len(x)},), got {got}.")
         return values
 
-    def _outputs_and_point(self, passes: ExtraPasses, x: Tensor, target: Tensor, logits: Any) -> tuple[Tensor, Tensor]:
-        """Outputs at the batch, and the tensor by which to differentiate them."""
-        if logits is None:
-            point = x.detach().requires_grad_()
-            return self._outputs(passes, point, target), point
-        if not x.requires_grad:
-            raise ValueError(
-                "`x` must require a gradient and `logits` be computed from it: x = x.requires_grad_() before "
-                "logits = model(x). Or leave `logits` away."
-            )
-        return self._outputs(lambda _: logits, x, target), x
+    def at(self, x: Tensor, logits: Any = None) -> tuple[Tensor, Tensor]:
+        """Outputs, and the tensor by which to differentiate them: x itself where the logits are known."""
+        point = x if logits is not None else x.detach().requires_grad_()
+        return self(point, logits), point
 
-    def _gradient(self, values: Tensor, point: Tensor, network: Any, create_graph: bool) -> Tensor:
-        """Gradient (B, ...) of the sum of the values."""
-        if create_graph:
-            _check_twice_differentiable(values, network, type(self).__name__)
-        if not values.requires_grad:
-            return _independent()
+
+def input_gradient(values: Tensor, point: Tensor, create_graph: bool) -> Tensor:
+    """Gradient (B, ...) of the sum of the values by the point; the graph of the values stays."""
+    gradient = None
+    if values.requires_grad:
         with torch.autocast(point.device.type, enabled=False):  # each operation keeps the type of its forward
             (gradient,) = torch.autograd.grad(
                 values.sum(), point, create_graph=create_graph, retain_graph=True, allow_unused=True
             )
-        return _independent() if gradient is None else gradient
+    if gradient is None:
+        raise ValueError(
+            "the logits do not depend on `x`, so they have no input gradient: do not detach or copy the input on its "
+            "way to the network, and pass the very tensor that the network got."
+        )
+    return gradient
 
 
-def _independent() -> Tensor:
-    raise ValueError(
-        "the logits do not depend on `x`, so they have no input gradient: do not detach or copy the input on its way "
-        "to the network, and pass the very tensor that the network got."
-    )
+class OncePerNetwork:
+    """A check of a network's graph that is made at the first step, and again when its modules have changed."""
+
+    def __init__(self, check: Callable[[Any, Tensor, Tensor], None]) -> None:
+        self.check = check
+        self._passed: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, network: Any, values: Tensor, point: Tensor) -> None:
+        """Check, unless this network has passed."""
+        modules = tuple(map(id, network.modules())) if isinstance(network, nn.Module) else None
+        if modules is not None and self._passed.get(network) == modules:
+            return
+        self.check(network, values, point)
+        if modules is not None:
+            self._passed[network] = modules
 
 
-def _check_batch(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _refuse_once_differentiable(network: Any, values: Tensor, point: Tensor) -> None:
+    """Refuse operations whose second derivative torch lacks: it would raise in backward, or return zeros."""
+    names = sorted({node.name() for node in graph_nodes(values) if is_once_differentiable(node)})
+    if names:
+        compiled = " (torch.compile)" if any(name.startswith("Compiled") for name in names) else ""
+        raise ValueError(
+            f"this penalty differentiates the network twice, which {', '.join(names)}{compiled} does not allow: do not "
+            "compile the network, or use GradientNormPenalty(mode='finite_difference'), which needs first derivatives "
+            "only."
+        )
+
+
+check_twice_differentiable = OncePerNetwork(_refuse_once_differentiable)
+
+
+def _check_batch(inputs: tuple[Any, ...], named_output: bool) -> tuple[Tensor, Tensor]:
     if len(inputs) != 2 or not all(isinstance(item, Tensor) for item in inputs):
         kinds = [type(item).__name__ for item in inputs]
         raise TypeError(f"the penalty needs tensors `x` and `target`: penalty(model, x, target); got {kinds}.")
@@ -117,20 +161,9 @@ def _check_batch(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"`x` must have shape (examples, features, ...) and not be empty, got {tuple(x.shape)}.")
     if target.ndim == 0 or len(target) != len(x):
         raise ValueError(f"`target` must have one entry per example, {len(x)}, got shape {tuple(target.shape)}.")
-    return x, target
-
-
-def _check_twice_differentiable(values: Tensor, network: Any, penalty: str) -> None:
-    """Refuse operations whose second derivative torch lacks, at the first step and when modules have changed."""
-    modules = tuple(map(id, network.modules())) if isinstance(network, nn.Module) else ()
-    if modules and _twice_differentiable.get(network) == modules:
-        return
-    names = sorted({node.name() for node in graph_nodes(values) if is_once_differentiable(node)})
-    if names:
-        raise ValueError(
-            f"{penalty} differentiates the network twice, which {', '.join(names)} does not allow"
-            f"{' (torch.compile)' if any(name.startswith('Compiled') for name in names) else ''}: do not compile the "
-            "network, or use GradientNormPenalty(mode='finite_difference'), which needs first derivatives only."
+    if named_output and (target.ndim != 1 or target.is_floating_point()):
+        raise TypeError(
+            f"`target` must hold class indices, shape (B,), got {target.dtype} {tuple(target.shape)}; for others "
+            "pass output=lambda logits, target: ... with one value per example."
         )
-    if modules:
-        _twice_differentiable[network] = modules
+    return x, target

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lcnn.layers.parameter_groups import log_betas
 
 
-def network_of(module: Any) -> Any:
+def network_of(module: Any, compiled: bool = False) -> Any:
     """Part of a module that computes the outputs: itself, or its only child to be trained if it has no ``forward``.
 
     Many Lightning modules define no ``forward`` and call ``self.net(x)`` in their steps. DistributedDataParallel is
@@ -17,6 +17,7 @@ def network_of(module: Any) -> Any:
 
     Args:
         module: Network or Lightning module; another callable is returned as it is.
+        compiled: Whether the wrapper of ``torch.compile`` stays on, for a network that is to be run and not read.
 
     Returns:
         The module itself if it defines ``forward``. Otherwise its only child with a β; if there is none, its only
@@ -32,12 +33,12 @@ def network_of(module: Any) -> Any:
         True
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return network_of(module.module)
-    if not isinstance(module, nn.Module) or defines_forward(module):
+        return network_of(module.module, compiled)
+    if not isinstance(module, nn.Module) or defines_forward(module) or (compiled and "_orig_mod" in module._modules):
         return module
     trained = trained_children(module)
     candidates = [child for child in trained if log_betas(child)] or trained
-    return network_of(candidates[0]) if len(candidates) == 1 else module
+    return network_of(candidates[0], compiled) if len(candidates) == 1 else module
 
 
 def defines_forward(module: nn.Module) -> bool:
