@@ -48,7 +48,7 @@ def operator_norm_bound(layer: nn.Module, input_shape: Sequence[int]) -> float:
 
     Args:
         layer: exactly an nn.Linear, nn.Conv1d, 2d or 3d, one of our spectral layers, or a registered class.
-        input_shape: shape of one input without the batch: (C, *size), or (..., features).
+        input_shape: shape of one input without the batch: ``(C, *size)``, or (..., features).
 
     Returns:
         The bound.
