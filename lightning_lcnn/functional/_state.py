@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ def _refill(current: dict[int, Any] | None, entries: dict[int, Any]) -> None:
     if current is not None and list(current.items()) != list(entries.items()):
         current.clear()
         current.update(entries)
+
+
+def copy_without_hooks(module: nn.Module) -> Any:
+    """A deep copy that leaves the hooks behind, which may hold what cannot be copied, such as a profiler's records."""
+    hooks = [getattr(submodule, name) for submodule in module.modules() for name in _HOOKS if hasattr(submodule, name)]
+    return copy.deepcopy(module, {id(entries): type(entries)() for entries in hooks})
 
 
 @contextmanager
