@@ -7,7 +7,6 @@ Every piece answers twice, and the recursion in ``recursion.py`` is the same for
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from lightning_lcnn.bounds.activations import Curve, curve_of_module
 from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
 from lightning_lcnn.functional._sharded import scalar, whole
+from lightning_lcnn.functional._state import copy_without_hooks
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.layers.activation import CenteredSoftplus
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
@@ -132,7 +132,7 @@ class Weight(Piece):
         """The weight in float64, detached."""
         if not isinstance(self.layer, SPECTRAL):
             return self.tensor().detach().cpu().double()
-        return copy.deepcopy(self.layer).cpu().double().normalized_weight().detach()
+        return copy_without_hooks(self.layer).cpu().double().normalized_weight().detach()
 
     def norm(self, weight: Tensor, input_shape: Shape) -> float:
         """Certified norm of this layer with another ``weight``, at the true input size."""
@@ -158,7 +158,7 @@ class Diagonal(Piece):
 
     def exact_scale(self) -> Tensor:
         """Signed factor of each channel in float64, detached, shape (C,)."""
-        layer = copy.deepcopy(self.module).cpu().double()
+        layer = copy_without_hooks(self.module).cpu().double()
         if hasattr(layer, "scale_and_shift"):
             return layer.scale_and_shift()[0].detach()
         scale = torch.rsqrt(layer.running_var + layer.eps)
