@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,14 +45,14 @@ def read_checkpoint(path: Path, trust: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:  # torch, zipfile and pickle each have their own
-        if not trust and "Unsupported" in str(error):
+        if not trust and re.search("(?i)unsupported global|can only (create|build)", str(error)):
             raise ValueError(
                 f"{path} holds more than tensors and plain values (a pickled module?). Loading it runs code from the "
                 "file; where you trust whoever made it, allow that with --trust (trust=True)."
             ) from error
         if trust and isinstance(error, ImportError | AttributeError):
             raise ValueError(f"{path} needs code that cannot be imported here: {error}.") from error
-        raise ValueError(f"{path} cannot be read, it is damaged or no file of torch.save ({_first(error)}).") from error
+        raise ValueError(f"{path} cannot be read: it is damaged or no file of torch.save.") from error
 
 
 def weights_of(content: Any, path: Path) -> dict[str, Tensor]:
@@ -62,10 +63,6 @@ def weights_of(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no weights: neither a module, nor a state dict, nor a Lightning checkpoint.")
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def check_writable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,14 @@ def load_classifier(
 
 
 def network_file(source: Path) -> Path:
-    """The file itself, or the one of a run folder that holds its network."""
+    """The file itself, or the one of a run folder that holds its network or that its ``run.json`` names."""
     if not source.is_dir():
         return source
     found = [source / file for file in RUN_FILES if (source / file).is_file()]
     found += sorted(source.glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    about = source / "run.json"
+    named = json.loads(about.read_text()).get("checkpoint") if about.is_file() else None
+    found += [Path(named)] if named else []
     if not found:
         raise FileNotFoundError(f"{source} holds no network: expected {' or '.join(RUN_FILES)}.")
     return found[0]

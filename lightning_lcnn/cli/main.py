@@ -25,7 +25,8 @@ COMMANDS = {
     "report": ("report", "compare networks on one HTML page"),
 }
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)
-_UNION = "Does not validate against any of the Union subtypes"  # how jsonargparse wraps what a class raised
+# how jsonargparse wraps what a class raised
+_WRAPPERS = ("Does not validate against any of the Union subtypes", "Call to compute_fn of link")
 
 HELP = """usage: lightning-lcnn COMMAND [options]
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # the images are in memory: workers would only copy them
             warnings.filterwarnings("ignore", ".*does not have many workers")
+            # `fit` looks at its folder itself
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             if COMMANDS[command][0] == "training":
                 import_extra("jsonargparse", "cli")
             module = importlib.import_module(f"lightning_lcnn.cli.{COMMANDS[command][0]}")
@@ -109,7 +112,7 @@ def help_text() -> str:
 
 def message_of(error: BaseException) -> str:
     """One line that says what went wrong."""
-    while str(error).startswith(_UNION) and error.__cause__ is not None:
+    while str(error).startswith(_WRAPPERS) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, pickle.UnpicklingError):
         return (

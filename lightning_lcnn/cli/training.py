@@ -112,7 +112,8 @@ class TrainingCLI(LightningCLI):
         added: list[Any] = []
         wants_checkpoints = config["enable_checkpointing"] is not False and not config["fast_dev_run"]
         if wants_checkpoints and not any(isinstance(c, ModelCheckpoint) for c in present):
-            added.append(ModelCheckpoint(output / "checkpoints", save_last=True, save_top_k=0))
+            # one file, which every epoch overwrites
+            added.append(ModelCheckpoint(output / "checkpoints", "last", enable_version_counter=False))
         watched = isinstance(self.model, LitClassifier) and log_betas(self.model) and config["logger"]
         if watched and not any(isinstance(c, CurvatureMonitor) for c in present):
             added.append(CurvatureMonitor())
