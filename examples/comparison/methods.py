@@ -106,8 +106,14 @@ METHODS = {
             "lcnn+gradient-norm",
             low_curvature,
             lambda options: [curvature_penalty(options), gradient_penalty(options)],
+            defaults={"gradient_weight": 0.003},
+            grid=_grid("gradient_weight", 3e-3, 1e-2, 3e-2),
+        ),
+        Method(
+            "lcnn+strong-gradient-norm",  # robustness before accuracy
+            low_curvature,
+            lambda options: [curvature_penalty(options), gradient_penalty(options)],
             defaults={"gradient_weight": 0.01},
-            grid=_grid("gradient_weight", 1e-3, 1e-2, 1e-1),
         ),
         Method(
             "cure",
