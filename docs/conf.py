@@ -39,3 +39,5 @@ html_theme = "furo"
 html_title = f"lightning-lcnn {version}"
 html_copy_source = False
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]

@@ -43,6 +43,13 @@ def test_relative_links_and_pictures_exist(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_keep_their_norms(page: Path) -> None:
+    r"""Inside a table ``\|`` is a bar and no norm; ``\lVert`` is one."""
+    for line in page.read_text().splitlines():
+        assert not (line.startswith("|") and re.search(r"\$[^$]*\\\|", line)), f"{page.name}: {line}"
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if COMMAND.search(p.read_text())], ids=name)
 def test_commands_name_files_and_options_that_exist(page: Path) -> None:
     for script, arguments in COMMAND.findall(page.read_text()):
