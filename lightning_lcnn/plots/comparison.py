@@ -86,7 +86,7 @@ def _point(axes: Axes, method: Method, path: tuple[str, str], look: dict[str, An
         left = min(right, mean[0] - min(curvatures) / 2)  # a logarithmic axis has no room below zero
         axes.errorbar(*mean, xerr=[[left], [right]], yerr=up, color=look["color"], fmt="none")
         axes.plot(curvatures, accuracies, alpha=0.45, **{**look, "markersize": 3.5})
-    axes.plot(*mean, label=method.name, markersize=8, **look)
+    axes.plot(*mean, label=method.name, **{**look, "markersize": 8})
 
 
 @styled

@@ -70,7 +70,9 @@ def group_by_name(records: Sequence[Record]) -> list[Method]:
         raise ValueError("`records` must hold at least one evaluation record, got none.")
     by_name: dict[str, list[Record]] = {}
     for record in records:
-        by_name.setdefault(str(record.get("name") or "network"), []).append(record)
+        name = str(record.get("name") or "network")
+        # matplotlib hides names that begin with an underscore
+        by_name.setdefault(f" {name}" if name.startswith("_") else name, []).append(record)
     return [Method(name, tuple(members)) for name, members in by_name.items()]
 
 

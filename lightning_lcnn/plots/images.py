@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_lcnn.plots.grouping import Record, group_by_name, is_number
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BINS = 40
+_SIDE = 96  # pixels of a picture; larger ones are averaged down to this
 _LABEL = 1.35  # inches for the names of the rows
 
 
@@ -102,7 +104,7 @@ def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor |
     side = min(0.95, 8 / len(images))
     figure = new_figure(side * (1 + len(maps)) + 0.16 * len(gradients) + 0.1, width=_LABEL + side * len(images))
     grid = figure.subplots(1 + len(maps), len(images), squeeze=False)
-    _row(grid[0], "image", [_picture(image) for image in images], cmap="gray", vmin=0, vmax=1)
+    _row(grid[0], "image", [_picture(_shrunk(image)) for image in images], cmap="gray", vmin=0, vmax=1)
     row = 1
     for name, (clean, noisy) in gradients.items():
         limits = [_limit(gradient) for gradient in clean]
@@ -118,7 +120,7 @@ def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor |
 
 
 def _maps(row: Any, label: str, gradients: Tensor, limits: Sequence[float]) -> None:
-    _row(row, label, [gradient.sum(0) for gradient in gradients])
+    _row(row, label, [_shrunk(gradient.sum(0, keepdim=True))[0] for gradient in gradients])
     for axes, limit in zip(row, limits, strict=True):
         axes.images[0].set(cmap="RdBu_r", clim=(-limit, limit))
 
@@ -129,6 +131,15 @@ def _row(row: Sequence[Axes], label: str, pictures: Sequence[Tensor], **look: An
         axes.imshow(picture.detach().float().cpu().numpy(), interpolation="none", **look)
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
+        axes.spines[:].set_visible(False)
+
+
+def _shrunk(picture: Tensor) -> Tensor:
+    """(C, H, W), averaged down where a side is longer than can be seen."""
+    height, width = picture.shape[1:]
+    scale = _SIDE / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return picture if scale >= 1 else torch.nn.functional.adaptive_avg_pool2d(picture, size)
 
 
 def _picture(image: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ def _bars(axes: Axes, names: list[str], heights: Mapping[str, float], quantity: 
 def _name_layers(axes: Axes, names: list[str]) -> None:
     step = -(-len(names) // _LABELS) or 1
     axes.set_xticks(range(0, len(names), step), [_short(name) for name in names[::step]], rotation=90)
+    axes.set_xlabel("layer")
     axes.set_xlim(-0.7, max(len(names), 1) - 0.3)
 
 

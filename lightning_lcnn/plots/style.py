@@ -35,8 +35,8 @@ _PARAMETERS = {
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "lines.markersize": 5,
     "errorbar.capsize": 2.5,
+    "text.parse_math": False,  # names of methods and layers may hold dollars
 }
 
 
@@ -62,12 +62,14 @@ def new_figure(height: float, names: Sequence[str] = (), width: float = WIDTH) -
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each name, by position; colours repeat after seven, with dashed lines."""
+    """Colour, marker and width of each name, by position; colours repeat after seven, with dashed lines."""
     return {
         name: {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
             "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3],
+            "linewidth": 3.0 if i == 0 else 1.5,  # the first stays in sight where others lie on it
+            "markersize": 7.5 if i == 0 else 5.0,
         }
         for i, name in enumerate(names)
     }

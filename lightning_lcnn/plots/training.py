@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from lightning_lcnn._checks import import_extra
 from lightning_lcnn.plots.style import legend_below, looks, new_figure, styled
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ History = Mapping[str, Sequence[float]]  # columns of equal length; NaN where a 
 def training_curves(
     histories: Sequence[tuple[str, History]], column: str, *, label: str | None = None, scale: str = "linear"
 ) -> Figure:
-    """One column of training histories over epochs, or over steps where rows have no epoch.
+    """One column of training histories over epochs, or over steps where rows have no epoch of their own.
 
     Args:
         histories: Pairs of a name and the columns of its history.csv or metrics.csv; seeds of one name get one colour.
@@ -45,7 +47,7 @@ def training_curves(
     drawn = [(name, history, rows) for name, history in histories if (rows := numbered_rows(history, column))]
     if not drawn:
         raise ValueError(f"`column` {column!r} has no numbers in any of the {len(histories)} histories.")
-    clock = next((c for c in ("epoch", "step") if all(_has(h, c, rows) for _, h, rows in drawn)), None)
+    clock = next((c for c in ("epoch", "step") if all(_counts(h, c, rows) for _, h, rows in drawn)), None)
     methods = list(dict.fromkeys(name for name, _ in histories))
     figure = new_figure(3.2, methods)
     axes = figure.subplots()
@@ -55,6 +57,7 @@ def training_curves(
         look = style[name] | ({"marker": ""} if len(rows) > 25 else {})
         axes.plot(x, [history[column][row] for row in rows], label=None if name in known else name, **look)
         known.add(name)
+    axes.xaxis.set_major_locator(import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True))
     axes.set(xlabel=clock or "row of the history", ylabel=label or column, yscale=scale)
     legend_below(figure, axes)
     return figure
@@ -65,6 +68,7 @@ def numbered_rows(history: History, column: str) -> list[int]:
     return [row for row, value in enumerate(history.get(column, ())) if math.isfinite(value)]
 
 
-def _has(history: History, column: str, rows: Sequence[int]) -> bool:
-    values = history.get(column)
-    return values is not None and all(math.isfinite(values[row]) for row in rows)
+def _counts(history: History, column: str, rows: Sequence[int]) -> bool:
+    """Whether a column is there in all of the rows and grows; several rows of one epoch are told apart by steps."""
+    values = [history[column][row] for row in rows] if column in history else [math.nan]
+    return all(map(math.isfinite, values)) and all(a < b for a, b in pairwise(values))
