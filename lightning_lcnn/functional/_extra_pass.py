@@ -17,7 +17,8 @@ class ExtraPasses:
 
     Batch norm normalises by the batch, as its mode says, and its running statistics and counter stay. Every pass starts
     from the random state in which the first one finds the generators, so all draw the same dropout masks, and the
-    state is restored. ``drew`` tells whether a pass has drawn anything.
+    state is restored. ``drew`` tells whether a pass has drawn anything. The buffers of a callable that is no module
+    cannot be found, and change as it changes them.
     """
 
     def __init__(self, network: Callable[..., Any]) -> None:
@@ -28,7 +29,7 @@ class ExtraPasses:
         """What the network returns for x."""
         with unchanged_buffers(self.network), preserved_random_state(x.device):
             before = _random_states(x.device)
-            output = self.network(x)
+            output = self.network(x.clone())  # networks may change their input in place
             after = _random_states(x.device)
         self.drew |= any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         return output
