@@ -1,4 +1,4 @@
-"""The command lightning-lcnn: run folders, resuming, conversion, evaluation, users' modules, and messages of mistakes."""
+"""The command lightning-lcnn: run folders, resuming, conversion, evaluation, users' modules, messages of mistakes."""
 
 from __future__ import annotations
 

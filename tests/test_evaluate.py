@@ -1,9 +1,10 @@
-"""examples/evaluate.py on a pickled module, on weights inside a checkpoint, and on a folder of images."""
+"""The examples evaluate.py and train_image_folder.py on modules, weights and folders of images."""
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -41,10 +42,11 @@ def smooth_network() -> nn.Module:
 def test_a_pickled_module_on_digits(evaluate, tmp_path):
     torch.save(smooth_network(), tmp_path / "network.pt")
     result = evaluate("--model", str(tmp_path / "network.pt"), "--output", str(tmp_path))
-    assert len(result["curvature_margin"]["values"]) == 6
-    assert result["curvature_margin"]["converged"] == 1
-    assert result["gradient_change_0.05"]["mean"] <= result["worst_gradient_change_0.05"]["mean"]
-    assert result["adversarial"]["robust_accuracy_1"] <= result["adversarial"]["clean_accuracy"]
+    assert len(result["curvature_values"]) == 6
+    assert result["converged"]["margin"] == 1
+    assert result["stand_in_beta"] is None
+    assert result["gradient_change"]["0.05"] <= result["gradient_change"]["0.15"]
+    assert result["adversarial_accuracy"]["1"] <= result["adversarial_accuracy"]["0.05"]
 
 
 def test_weights_of_a_checkpoint_on_a_folder(evaluate, tmp_path):
@@ -60,7 +62,30 @@ def test_weights_of_a_checkpoint_on_a_folder(evaluate, tmp_path):
     torch.save({"state_dict": weights | {"accuracy.tp": torch.zeros(1)}}, tmp_path / "last.ckpt")
     where = ["--model", str(tmp_path / "last.ckpt"), "--data", str(tmp_path), "--output", str(tmp_path / "out")]
     shape = ["--size", "8", "--normalize", "0.5", "0.25"]
-    with pytest.raises(ValueError, match="holds weights and no module; name the network with --arch"):
+    with pytest.raises(ValueError, match="holds weights and no network; name it"):
         evaluate(*where, *shape)
     result = evaluate(*where, *shape, "--arch", "resnet18", "--width", "2", "--low-curvature")
-    assert 0 <= result["adversarial"]["clean_accuracy"] <= 1
+    assert result["examples"] == 6
+    assert len(result["betas"]) == 17
+
+
+def test_training_on_a_folder_of_images(monkeypatch, tmp_path):
+    from PIL import Image
+
+    for name in ("cats", "dogs"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (9, 9), (20 * i, 100, 20)).save(tmp_path / "train" / name / f"{i}.png")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import train_image_folder
+
+    options = ["--epochs", "1", "--width", "2", "--size", "8", "--batch-size", "2", "--measure", "4", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", ["train_image_folder.py", "--data", str(tmp_path), *options])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of training batches")
+        train_image_folder.main()
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (record["examples"], record["measured_examples"], record["name"]) == (4, 4, "low-curvature")
+    weights = torch.load(tmp_path / "out/weights.pt", weights_only=True)
+    resnet18(2, 2, low_curvature=True, input_size=(8, 8)).load_state_dict(weights)
