@@ -6,6 +6,7 @@ Arguments: strategy, package, folder for the results, and names of the scenarios
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
 from lightning_lcnn.callbacks.base import Callback
+from lightning_lcnn.functional._sharded import whole
 from lightning_lcnn.layers import CenteredSoftplus, SpectralConv2d, SpectralLinear, lcnn_parameter_groups
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
@@ -80,6 +83,37 @@ class Stranger(LCNNMixin, Plain):
         return torch.optim.AdamW(lcnn_parameter_groups(self, weight_decay=0.05), lr=0.02)
 
 
+class Synchronised(Low):
+    """Batch norm over both ranks, and an optimizer with a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # one group: ModelParallelStrategy assigns the states in a full checkpoint by the order in the model
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+
+class ModelParallel(Synchronised):
+    """The same with every weight in shards; the activations stay with the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        self.net = nn.SyncBatchNorm.convert_sync_batchnorm(small_net())
+        mesh = self.device_mesh["data_parallel"]
+        for part in (self.net[0], self.net[4], self.net):
+            fully_shard(part, mesh=mesh)
+
+
 class Standard(Plain):
     """The usual layers, for the count of collectives."""
 
@@ -111,8 +145,10 @@ class Save(Callback):
         self.path = path
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        torch.save({"state": state, "step": trainer.global_step}, f"{self.path}-{trainer.global_rank}.pt")
+        state = {name: whole(value).clone() for name, value in pl_module.state_dict().items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        result = {"state": state, "step": trainer.global_step, "metrics": metrics}
+        torch.save(result, f"{self.path}-{trainer.global_rank}.pt")
 
 
 class Count(Callback):
@@ -136,9 +172,8 @@ class Count(Callback):
 
 def run(module: Any, name: str, callbacks: list[Any], **kwargs: Any) -> Any:
     fit = {key: kwargs.pop(key) for key in ("ckpt_path", "train_dataloaders", "val_dataloaders") if key in kwargs}
-    runner = trainer(
-        PACKAGE, strategy=STRATEGY, devices=2, callbacks=[Save(OUT / name), *callbacks], **({"max_epochs": 1} | kwargs)
-    )
+    options = {"max_epochs": 1, "strategy": STRATEGY} | kwargs
+    runner = trainer(PACKAGE, devices=2, callbacks=[Save(OUT / name), *callbacks], **options)
     runner.fit(module, **fit)
     return runner
 
@@ -168,8 +203,34 @@ def stranger() -> None:
     run(Stranger(), "resumed", copy.deepcopy(callbacks), max_epochs=2, ckpt_path=OUT / "half.ckpt", **options, **data)
 
 
+def watched() -> list[Any]:
+    return [PowerIteration(every_n_steps=2), CurvatureMonitor(certified=True)]
+
+
+def resume() -> None:
+    """One epoch on two processes, for one to go on with; a second epoch after one that a single process did."""
+    options = {"sync_batchnorm": True, "use_distributed_sampler": False, "val_dataloaders": loader(8)}
+    run(Synchronised(), "two-half", watched(), **options).save_checkpoint(OUT / "two.ckpt")
+    run(Synchronised(), "one-two", watched(), max_epochs=2, ckpt_path=OUT / "one.ckpt", **options)
+
+
+def model_parallel() -> None:
+    """The same in shards."""
+    strategy = importlib.import_module(f"{PACKAGE}.strategies").ModelParallelStrategy
+    data = {"use_distributed_sampler": False, "val_dataloaders": loader(8)}
+
+    def shards() -> Any:
+        return strategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    run(ModelParallel(), "shards-half", watched(), strategy=shards(), **data).save_checkpoint(OUT / "shards.ckpt")
+    run(ModelParallel(), "one-shards", watched(), strategy=shards(), max_epochs=2, ckpt_path=OUT / "one.ckpt", **data)
+
+
+SCENARIOS = {f.__name__: f for f in (mixin, callback, collectives, stranger, resume, model_parallel)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     STRATEGY, OUT = sys.argv[1], Path(sys.argv[2])
     for scenario in sys.argv[3:]:
-        {"mixin": mixin, "callback": callback, "collectives": collectives, "stranger": stranger}[scenario]()
+        SCENARIOS[scenario]()
