@@ -94,7 +94,7 @@ class MarginBounds:
 
     @property
     def positive(self) -> Tensor:
-        """K⁺ of g_i - g_j at [i, j]: sup λ_max(∇²m)."""
+        """K⁺ of g_i - g_j at [i, j], sup λ_max(∇²m)."""
         return self.negative.T
 
 

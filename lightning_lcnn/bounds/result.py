@@ -47,7 +47,7 @@ class NetworkBound:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the curvature is infinite: one line for each step that makes it so."""
+        """Why the curvature is infinite, one line for each step that makes it so."""
         return tuple(f"{row.name}: {row.reason}" for row in self.layers if row.reason)
 
     def __str__(self) -> str:

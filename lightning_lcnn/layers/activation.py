@@ -51,7 +51,7 @@ class CenteredSoftplus(LearnableBeta):
 
     Slope below 1, curvature :math:`s'' \le β/4`. β is stored as ``log_beta``, of shape (1,) or (C,), so it stays
     positive under any optimizer and one step changes it by a factor, whatever its size. Keep ``log_beta`` out of weight
-    decay (:func:`lightning_lcnn.lcnn_parameter_groups` does), which would pull β to 1.
+    decay (:func:`~lightning_lcnn.layers.lcnn_parameter_groups` does), which would pull β to 1.
 
     Args:
         beta: Start value of β. The default 5 bounds the curvature by 1.25; 1000 is ReLU to the eye.
