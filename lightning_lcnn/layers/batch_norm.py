@@ -172,8 +172,9 @@ _DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited
     of the batch, the one that normalises, so that clipping and normalisation agree; the gradient takes that variance in
     the clip as a constant. The weight w and γ receive their exact gradients.
 
-    γ is stored as ``log_gamma`` and takes no weight decay (:func:`~lightning_lcnn.layers.lcnn_parameter_groups`). The other
-    entries of the ``state_dict`` carry torch's names, so weights of ``nn.{torch_name}`` load with ``strict=False``.
+    γ is stored as ``log_gamma`` and takes no weight decay
+    (:func:`~lightning_lcnn.layers.lcnn_parameter_groups`). The other entries of the ``state_dict`` carry torch's names,
+    so weights of ``nn.{torch_name}`` load with ``strict=False``.
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (Lightning: ``Trainer(sync_batchnorm=True)``) makes the layer
     synchronise over processes, on any backend, and keeps γ.
 
