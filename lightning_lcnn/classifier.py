@@ -157,7 +157,8 @@ class LitClassifier(LCNNMixin, LightningModule):
         self.accuracy(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log(f"{stage}_accuracy", self.accuracy, prog_bar=True)
-        for name, metric in self.measures.items():
+        measures: Any = self.measures
+        for name, metric in measures.items():
             metric.update(self, images, labels)
             self.log(f"{stage}_{name}", metric)
 

@@ -116,7 +116,7 @@ def test_entry_point_and_module():
     assert 'lightning-lcnn = "lightning_lcnn.cli:main"' in project
 
 
-@pytest.mark.parametrize("command", ["", "fit", "validate", "test", "convert", "evaluate"])
+@pytest.mark.parametrize("command", ["", "fit", "validate", "test", "convert", "evaluate", "report"])
 def test_help_has_an_example(capsys, command):
     assert main([command, "--help"] if command else ["--help"]) == 0
     shown = capsys.readouterr().out
@@ -215,6 +215,28 @@ def test_evaluate_a_checkpoint_elsewhere(runs, folder, capsys):
     assert re.search(rf"curvature of the margin +{expected:.2f}"[:-1], shown)
     assert main(["evaluate", "out", "--data=digits", *FEW, "--bound=none"]) == 0  # by way of run.json
     assert json.loads((folder / "out/evaluation.json").read_text()) == record
+
+
+def test_report(runs, folder, capsys):
+    records = [runs / name / "evaluation.json" for name in ("standard", "low")]
+    line = fails(capsys, ["report", str(runs / "low/history.csv"), "--output=none.html"])
+    assert "history.csv" in line
+    assert not (folder / "none.html").exists()
+    for record in records:
+        assert main(["evaluate", str(record.parent), *FEW, "--bound=none"]) == 0
+    sources = [str(record.parent) for record in records]
+    assert main(["report", *sources, "--output=plain.html"]) == 0  # the data are those of the runs
+    page = (folder / "plain.html").read_text()
+    assert "standard" in page
+    assert "Input gradients" in page
+    Path("users").mkdir()
+    Path("users/config.yaml").write_text("data:\n  class_path: my_module.Data\n")
+    Path("users/evaluation.json").write_text(records[0].read_text())
+    assert main(["report", "users", "--output=users.html", "--title=Mine"]) == 0
+    assert "no pictures of input gradients: say on which images" in capsys.readouterr().err
+    assert "Mine" in (folder / "users.html").read_text()
+    for record in records:
+        record.unlink()
 
 
 def test_convert_keeps_the_function(runs, folder, capsys):

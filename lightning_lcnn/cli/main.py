@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pickle
 import sys
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "--version"):
         print(f"lightning-lcnn {__version__}" if command == "--version" else help_text())
         return 0
-    if command not in available():
-        print(f"lightning-lcnn: error: no command {command!r}; there are {', '.join(available())}.", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"lightning-lcnn: error: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # modules of the user
@@ -98,15 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def available() -> list[str]:
-    """Names of the commands of this installation."""
-    has_report = importlib.util.find_spec("lightning_lcnn.report") is not None
-    return [name for name in COMMANDS if name != "report" or has_report]
-
-
 def help_text() -> str:
     """Overview of the commands."""
-    lines = [f"  {name:9} {COMMANDS[name][1]}" for name in available()]
+    lines = [f"  {name:9} {COMMANDS[name][1]}" for name in COMMANDS]
     return HELP.format(version=__version__, commands="\n".join(lines)).rstrip()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from lightning_lcnn.cli.options import add_data_options, make_parser, open_data
+from lightning_lcnn.report import write_report
 
 DESCRIPTION = """Compare run folders and checkpoints on one self-contained HTML page.
 
@@ -30,8 +32,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--trust", action="store_true", help="load pickled networks, which runs code from the file")
     add_data_options(parser)
     options = parser.parse_args(list(arguments))
-    from lightning_lcnn.report import write_report
-
     images, labels = _images(options)
     page = write_report(
         options.sources, options.output, images=images, labels=labels, title=options.title, trust=options.trust
@@ -44,7 +44,13 @@ def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor] | tuple[None, 
     run = next((source for source in options.sources if (source / "config.yaml").is_file()), None)
     if options.data is None and run is None:
         return None, None
-    data = open_data(options.data, options.size or 32, options.root, options.cache, run or options.sources[0])
+    try:
+        data = open_data(options.data, options.size or 32, options.root, options.cache, run or options.sources[0])
+    except ValueError as error:
+        if options.data is not None:
+            raise
+        print(f"no pictures of input gradients: {error}", file=sys.stderr)
+        return None, None
     data.setup("test")
     images, labels = data.test_set.tensors
     return images, labels
