@@ -30,6 +30,17 @@ def test_lies_between_mean_and_maximum_and_tends_to_both(kernel: Any, stride: An
     torch.testing.assert_close(log_mean_exp_pool2d(x, kernel, stride, padding, 1e6), mean, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", range(3, 12))
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 0), (3, 2, 1), (2, 2, 1), (2, 3, 1), (3, 1, 1)])
+def test_ceil_mode_has_the_windows_of_torch(kernel: int, stride: int, padding: int, size: int) -> None:
+    x = torch.randn(1, 2, size, size + 1, dtype=torch.float64)
+    maximum = F.max_pool2d(x, kernel, stride, padding, ceil_mode=True)
+    pooled = log_mean_exp_pool2d(x, kernel, stride, padding, 1e-5, ceil_mode=True)
+    torch.testing.assert_close(pooled, maximum, atol=1e-4, rtol=0)
+    constant = log_mean_exp_pool2d(torch.ones_like(x), kernel, stride, padding, 0.3, ceil_mode=True)
+    torch.testing.assert_close(constant, torch.ones_like(maximum))
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding"), WINDOWS)
 def test_first_and_second_derivatives(kernel: Any, stride: Any, padding: Any) -> None:
     x = torch.randn(1, 1, 5, 6, dtype=torch.float64, requires_grad=True)

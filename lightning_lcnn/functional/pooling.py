@@ -12,7 +12,12 @@ Size = int | tuple[int, int]
 
 
 def log_mean_exp_pool2d(
-    x: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0, temperature: float = 0.2
+    x: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    temperature: float = 0.2,
+    ceil_mode: bool = False,
 ) -> Tensor:
     r"""Smooth max pooling: the log-mean-exp of every window.
 
@@ -28,6 +33,7 @@ def log_mean_exp_pool2d(
         stride: step between windows; None means ``kernel_size``.
         padding: on both sides, at most half the window.
         temperature: τ > 0, in units of x. The default 0.2 has the sharpness of a centered softplus with β = 1/τ = 5.
+        ceil_mode: as in torch, whether a last window may reach over the end of the padded input.
 
     Returns:
         Tensor of shape (N, C, H', W') in the type of x; computed in at least float32.
@@ -47,18 +53,29 @@ def log_mean_exp_pool2d(
         raise ValueError(f"`x` must have shape (N, C, H, W), got {tuple(x.shape)}.")
     kernel, pads = _pair(kernel_size), _pair(padding)
     steps = kernel if stride is None else _pair(stride)
-    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pads, kernel, steps, strict=True)]
+    geometry = list(zip(x.shape[2:], pads, kernel, steps, strict=True))
+    size = [_outputs(*axis, ceil_mode) for axis in geometry]
     if min(size) < 1:
         raise ValueError(f"`kernel_size` {kernel} does not fit an input of size {tuple(x.shape[2:])} padded by {pads}.")
     scaled = x.to(torch.promote_types(x.dtype, torch.float32)) / temperature
-    windows = torch.stack(
-        _shifted(F.pad(scaled, (pads[1], pads[1], pads[0], pads[0]), value=-math.inf), kernel, steps, size)
-    )
+    # up to the end of the last window
+    ends = [max(p, (m - 1) * s + k - n - p) for (n, p, k, s), m in zip(geometry, size, strict=True)]
+    padded = F.pad(scaled, (pads[1], ends[1], pads[0], ends[0]), value=-math.inf)
+    windows = torch.stack(_shifted(padded, kernel, steps, size))
     log_count = scaled.new_tensor(math.prod(kernel)).log()
-    if max(pads) > 0:
+    if max(pads) > 0 or max(ends) > 0:
         ones = scaled.new_ones(1, 1, *x.shape[2:])
-        log_count = F.avg_pool2d(ones, kernel, steps, pads, divisor_override=1).log()
+        log_count = F.avg_pool2d(ones, kernel, steps, pads, ceil_mode, divisor_override=1).log()
     return (temperature * (windows.logsumexp(0) - log_count)).to(x.dtype)
+
+
+def _outputs(size: int, padding: int, kernel: int, stride: int, ceil_mode: bool) -> int:
+    """Number of windows on an axis, by torch's rule: no window starts in the padding on the right."""
+    free = size + 2 * padding - kernel
+    if not ceil_mode or free < 0:
+        return free // stride + 1
+    outputs = -(-free // stride) + 1
+    return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
 
 
 def _shifted(x: Tensor, kernel: tuple[int, int], steps: tuple[int, int], size: list[int]) -> list[Tensor]:

@@ -21,6 +21,7 @@ class LogMeanExpPool2d(nn.Module):
         stride: step between windows; None means ``kernel_size``.
         padding: on both sides, at most half the window; padded places take no part.
         temperature: τ > 0. The default 0.2 has the sharpness of a centered softplus with β = 1/τ = 5.
+        ceil_mode: as in torch, whether a last window may reach over the end of the padded input.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -36,7 +37,12 @@ class LogMeanExpPool2d(nn.Module):
     """
 
     def __init__(
-        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, temperature: float = 0.2
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        temperature: float = 0.2,
+        ceil_mode: bool = False,
     ) -> None:
         super().__init__()
         self.kernel_size = _sizes("kernel_size", kernel_size, 1)
@@ -48,16 +54,17 @@ class LogMeanExpPool2d(nn.Module):
             )
         check_positive("temperature", temperature)
         self.temperature = float(temperature)
+        self.ceil_mode = ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x of shape (N, C, H, W)."""
-        return log_mean_exp_pool2d(x, self.kernel_size, self.stride, self.padding, self.temperature)
+        return log_mean_exp_pool2d(x, self.kernel_size, self.stride, self.padding, self.temperature, self.ceil_mode)
 
     def extra_repr(self) -> str:
         """Window and temperature."""
         return (
             f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"temperature={self.temperature:g}"
+            f"temperature={self.temperature:g}, ceil_mode={self.ceil_mode}"
         )
 
 
