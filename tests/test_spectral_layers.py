@@ -202,6 +202,19 @@ def test_weight_changed_from_outside_is_served_by_a_reset():
 
 
 @cases
+def test_a_stale_norm_below_zero_is_refused(name):
+    layer, x = build(name)
+    with torch.no_grad():
+        layer.weight.neg_()
+    for training in (True, False):
+        with pytest.raises(RuntimeError, match=r"stale norm ⟨W, G⟩ = -.* Call `reset_spectral_norm`"):
+            layer.train(training)(x)
+    assert torch.func.vmap(lambda row: layer(row[None]))(x).isnan().all()  # where it cannot be read at once
+    layer.reset_spectral_norm()
+    assert layer(x).isfinite().all()
+
+
+@cases
 def test_zero_weight_gives_the_bias_and_a_finite_gradient(name):
     layer, x = build(name, gamma=2.0)
     nn.init.zeros_(layer.weight)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
 from lightning_lcnn.functional.linear_operators import ConvGeometry
 
 
@@ -47,8 +49,8 @@ def normalized_convolution(
 
     .. math:: y = \frac{γ}{σ} \, W * x + b
 
-    The smaller of weight and output is multiplied by γ/σ, in backward too; G is a constant. Where σ is not positive it
-    counts as 1.
+    The smaller of weight and output is multiplied by γ/σ, in backward too; G is a constant. Where σ is 0 it counts as
+    1; see :func:`positive_norm`.
 
     Args:
         x: Batch (B, C_in, *size).
@@ -118,9 +120,22 @@ class _NormalizedConvolution(torch.autograd.Function):
 def _scale(weight: Tensor, log_gamma: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """γ/σ, and 1/σ or 0 where σ does not depend on the weight."""
     sigma = inner_product(weight, gradient)
-    divisor = torch.where(sigma > 0, sigma, 1.0)
-    inverse = 1.0 / divisor
-    return inverse if log_gamma is None else log_gamma.exp() / divisor, inverse * (sigma > 0)
+    positive = positive_norm(sigma)
+    inverse = 1.0 / positive
+    return inverse if log_gamma is None else log_gamma.exp() / positive, inverse * (sigma > 0)
+
+
+def positive_norm(sigma: Tensor) -> Tensor:
+    """σ as a divisor: 1 where it is 0, as for a zero weight.
+
+    A negative σ says that W was changed and G was not: an error on the CPU, elsewhere NaN, which waits for nothing.
+    """
+    if on_plain_cpu(sigma) and not needs_composite() and not torch.jit.is_tracing() and sigma < 0:
+        raise RuntimeError(
+            f"a spectral layer has the stale norm ⟨W, G⟩ = {float(sigma.detach()):.3g} < 0: its weight was changed "
+            "from outside. Call `reset_spectral_norm` of the layer or lightning_lcnn.layers.reset_spectral_norm(model)."
+        )
+    return torch.where(sigma > 0, sigma, torch.where(sigma < 0, math.nan, 1.0))
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional._sharded import scalar, whole
 from lightning_lcnn.functional.linear_operators import LinearOperator
-from lightning_lcnn.functional.normalized_convolution import SharedGradient, inner_product
+from lightning_lcnn.functional.normalized_convolution import SharedGradient, inner_product, positive_norm
 from lightning_lcnn.functional.power_iteration import (
     SingularTriplet,
     filtered_power_iteration,
@@ -70,9 +70,8 @@ class SpectralLayer(nn.Module):
         return inner_product(self._accurate_weight(), gradient)
 
     def normalized_weight(self) -> Tensor:
-        """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive (a zero weight)."""
-        sigma = self.sigma()
-        scale = self.slope() / torch.where(sigma > 0, sigma, 1.0)
+        """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is 0 (a zero weight)."""
+        scale = self.slope() / positive_norm(self.sigma())
         return (self._accurate_weight() * scale).to(self.weight.dtype)
 
     @torch.no_grad()
