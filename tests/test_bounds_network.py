@@ -62,6 +62,13 @@ LINEAR = [
     lambda m, x: F.conv2d(x, torch.ones(2, 2, 2, 2), None, 2, 1, 1, 2),
     lambda m, x: F.linear(x, torch.arange(12.0).view(2, 6)),
     lambda m, x: x.clone().reshape(x.shape[0], 2, -1).contiguous(),
+    lambda m, x: x[:, :1].expand_as(x),
+    lambda m, x: x.flatten(1).view_as(x),
+    lambda m, x: torch.addcmul(torch.ones(4, 1, 1), torch.arange(1.0, 5.0).view(4, 1, 1), x),
+    lambda m, x: x.sum((2, 3)),
+    lambda m, x: F.batch_norm(
+        x, torch.ones(4), torch.tensor([0.1, 0.5, 1.0, 2.0]), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    ),
 ]
 # sums of dependent branches, and repeated inputs, where the Schur test over rows and columns is not exact
 LOOSE = {4, 5, 6, 7, 9, 17}
@@ -205,8 +212,19 @@ def test_dead_layers_give_zero_and_no_nan() -> None:
 REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (Function(lambda m, x: x if x.sum() > 0 else -x), (1, 3), r"cannot be traced: the model itself .* branches on"),
     (nn.Sequential(Function(lambda m, x: x[: int(x[0, 0])])), (1, 3), r"cannot be traced: module '0' \(Function\)"),
-    (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), (1, 3), r"module '1' \(LayerNorm\).*register_rule\(LayerNorm"),
-    (nn.Sequential(nn.GroupNorm(1, 3)), (1, 3, 2), r"module '0' \(GroupNorm\): it normalises by statistics"),
+    (
+        nn.Sequential(nn.Conv2d(1, 3, 1), nn.LocalResponseNorm(3)),
+        (1, 1, 2, 2),
+        r"module '1' \(LocalResponseNorm\).*register_rule\(LocalResponseNorm",
+    ),
+    (nn.Sequential(nn.LayerNorm(3, eps=0.0)), (1, 3), r"module '0' \(LayerNorm\): with eps=0.0 it has no finite slope"),
+    (Function(lambda m, x: F.layer_norm(x, (2, 3))), (1, 3), "normalises over the batch"),
+    (nn.Sequential(nn.RMSNorm(3)), (1, 3), r"module '0' \(RMSNorm\): its eps=None depends on the type of the input"),
+    (Function(lambda m, x: F.batch_norm(x, None, None, training=True)), (2, 3), "statistics of the batch"),
+    (Function(lambda m, x: F.scaled_dot_product_attention(x, x, x)), (1, 3, 2), "attention multiplies activations"),
+    (Function(lambda m, x: x @ x.transpose(1, 2)), (1, 3, 2), r"`matmul` in .*: attention multiplies activations"),
+    (Function(lambda m, x: torch.addcmul(x, x, x)), (1, 3), "write it as a sum and a product"),
+    (Function(lambda m, x: x + x.sum(0)), (1, 3), "sum over dimension 0 couples"),
     (nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), (2, 3), "keeps no running statistics"),
     (nn.Sequential(nn.Hardshrink()), (1, 3), "it jumps"),
     (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), (1, 1, 3, 3), r"\(ConvTranspose2d\): no rule is known"),

@@ -153,13 +153,12 @@ def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
     (source,) = step.inputs
     if math.isinf(curvature):
         return torch.full_like(gradient.norm, math.inf), torch.full_like(gradient.norm, math.inf)
-    if isinstance(step.piece, Smooth):
+    if not isinstance(step.piece, Activation):
         both = gradient.norm * curvature * forward.slopes[source] * forward.slopes[source]
-        if step.piece.windows is None:
+        if not isinstance(step.piece, Smooth) or step.piece.windows is None:
             return both, both
         pooled = _pool_curvature(step.piece.windows, network, forward, source, gradient)
         return torch.minimum(both, pooled[0]), torch.minimum(both, pooled[1])
-    assert isinstance(step.piece, Activation)
     low, high = (per_channel(_as_tensor(end), gradient.low[0]) for end in step.piece.read().bend)
     products = torch.stack([gradient.low * low, gradient.low * high, gradient.high * low, gradient.high * high])
     plus, minus = products.amax(0).clamp_min(0), (-products).amax(0).clamp_min(0)

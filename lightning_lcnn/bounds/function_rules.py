@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lcnn.bounds.activations import CURVES, Curve
+from lightning_lcnn.bounds.calls import Call, Signal, evaluate
 from lightning_lcnn.bounds.module_rules import reshape, upsampling, zero_pad
-from lightning_lcnn.bounds.pieces import Activation, Concat, Piece, Rearrange, Scale, Shape, Smooth, Sum, Weight
+from lightning_lcnn.bounds.normalizations import CalledBatchNorm, over_groups, over_last
+from lightning_lcnn.bounds.pieces import (
+    Activation,
+    Concat,
+    Diagonal,
+    Piece,
+    Product,
+    Rearrange,
+    Scale,
+    Shape,
+    Smooth,
+    Sum,
+    Weight,
+)
 from lightning_lcnn.bounds.pooling_rules import (
     adaptive_average,
     log_softmax_bound,
@@ -25,92 +38,6 @@ from lightning_lcnn.bounds.pooling_rules import (
     window_average,
     windows,
 )
-
-
-@dataclass(frozen=True)
-class Signal:
-    """Stands for a tensor that depends on the network's input: the output of a step."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that does not depend on the network's input; read anew each time, because parameters are trained."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    def value(self) -> Any:
-        """Evaluate with the parameters as they are now."""
-        return self.function(*evaluate(self.args), **{k: evaluate(v) for k, v in self.kwargs})
-
-
-def evaluate(value: Any) -> Any:
-    """Replace every :class:`Constant` in a nest of tuples and lists by its value."""
-    if isinstance(value, Constant):
-        return value.value()
-    if isinstance(value, tuple | list):
-        return type(value)(evaluate(v) for v in value)
-    if isinstance(value, slice):
-        return slice(evaluate(value.start), evaluate(value.stop), evaluate(value.step))
-    return value
-
-
-def unknown_size() -> Any:
-    """What a :class:`Constant` that was computed from an activation's shape evaluates to."""
-    raise ValueError("it needs a number computed from the input's shape")
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a function or method with at least one :class:`Signal` among its arguments."""
-
-    function: Callable[..., Any] | str  # a string names a method
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Name of the function or method."""
-        return self.function if isinstance(self.function, str) else self.function.__name__
-
-    @property
-    def signals(self) -> list[int]:
-        """Steps that the call reads, in order, repeated where repeated."""
-        return _signals((self.args, tuple(self.kwargs.values())))
-
-    def bind(self, *names: str, **defaults: Any) -> dict[str, Any]:
-        """Arguments after the first by name, constants evaluated."""
-        given = dict(zip(names, self.args[1:], strict=False)) | self.kwargs
-        return defaults | {k: evaluate(v) for k, v in given.items() if k in names or k in defaults}
-
-    def replay(self, x: Tensor, output_shape: Shape) -> Tensor:
-        """Run the call on another tensor in the place of its only signal."""
-        args = _fill(self.args, x)
-        kwargs = {k: _fill(v, x) for k, v in self.kwargs.items()}
-        return (
-            getattr(args[0], self.function)(*args[1:], **kwargs)
-            if isinstance(self.function, str)
-            else self.function(*args, **kwargs)
-        )
-
-
-def _signals(value: Any) -> list[int]:
-    if isinstance(value, Signal):
-        return [value.step]
-    if isinstance(value, tuple | list):
-        return [step for v in value for step in _signals(v)]
-    return []
-
-
-def _fill(value: Any, x: Tensor) -> Any:
-    if isinstance(value, Signal):
-        return x
-    if isinstance(value, tuple | list):
-        return type(value)(_fill(v, x) for v in value)
-    return evaluate(value)
 
 
 def _shift_or_sum(call: Call) -> Piece:
@@ -124,7 +51,7 @@ def _shift_or_sum(call: Call) -> Piece:
 
 def _product(call: Call) -> Piece:
     if len(call.signals) > 1:
-        raise ValueError("the product of two activations has no finite slope on unbounded inputs")
+        return Product()
     constant = next(a for a in (*call.args, *call.kwargs.values()) if not isinstance(a, Signal))
     return Scale(partial(evaluate, constant))
 
@@ -141,6 +68,16 @@ def _inverse(constant: Any) -> Any:
 
 def _negation(call: Call) -> Piece:
     return Scale(partial(float, -1.0))
+
+
+def _scaled_shift(call: Call) -> Piece:
+    """The sum of a tensor and a product of two, one of the three an activation."""
+    signals = [isinstance(argument, Signal) for argument in call.args]
+    if len(call.args) != 3 or sum(signals) != 1 or call.kwargs:
+        raise ValueError("addcmul takes three tensors here, one of them an activation; write it as a sum and a product")
+    if signals[0]:
+        return Scale(partial(float, 1.0))
+    return Scale(partial(evaluate, call.args[2 if signals[1] else 1]))
 
 
 def _concat(call: Call) -> Piece:
@@ -162,6 +99,19 @@ def _reshaping(call: Call) -> Piece:
 
 def _replayed(call: Call) -> Piece:
     return Rearrange(call.replay)
+
+
+def _sum(call: Call) -> Piece:
+    _other_dims(call, "sum")
+    return Rearrange(call.replay)
+
+
+def _expansion(call: Call) -> Piece:
+    return Rearrange(_expand)
+
+
+def _expand(x: Tensor, output_shape: Shape) -> Tensor:
+    return x.expand(x.shape[0], *output_shape[1:])
 
 
 def _pad(call: Call) -> Piece:
@@ -190,11 +140,18 @@ def _max_pool(dims: int, call: Call) -> Piece:
 
 
 def _mean(call: Call) -> Piece:
+    return mean(_other_dims(call, "mean"))
+
+
+def _other_dims(call: Call, name: str) -> tuple[int, ...]:
+    """The dimensions that are summed over, which must leave the batch alone."""
     dims = call.bind("dim", "keepdim", dim=None)["dim"]
     dims = (dims,) if isinstance(dims, int) else dims
     if dims is None or 0 in dims:
-        raise ValueError("a mean over dimension 0 couples the examples of a batch; pass the other dimensions as `dim`")
-    return mean(tuple(dims))
+        raise ValueError(
+            f"a {name} over dimension 0 couples the examples of a batch; pass the other dimensions as `dim`"
+        )
+    return tuple(dims)
 
 
 def _linear(call: Call) -> Piece:
@@ -207,6 +164,29 @@ def _conv(dims: int, call: Call) -> Piece:
     options = call.bind(*names, stride=1, padding=0, dilation=1, groups=1)
     geometry = {name: options[name] for name in names[2:]}
     return Weight(partial(evaluate, weight), geometry)
+
+
+def _called_layer_norm(call: Call) -> Piece:
+    options = call.bind("normalized_shape", "weight", "bias", "eps", eps=1e-5)
+    return over_last(options["normalized_shape"], options["eps"], call.lazily(2, "weight"))
+
+
+def _called_rms_norm(call: Call) -> Piece:
+    options = call.bind("normalized_shape", "weight", "eps", eps=None)
+    return over_last(options["normalized_shape"], options["eps"], call.lazily(2, "weight"))
+
+
+def _called_group_norm(call: Call) -> Piece:
+    options = call.bind("num_groups", "weight", "bias", "eps", eps=1e-5)
+    return over_groups(options["num_groups"], None, options["eps"], call.lazily(2, "weight"))
+
+
+def _called_batch_norm(call: Call) -> Piece:
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    options = call.bind(*names, training=False, eps=1e-5)
+    if options["training"] or options["running_var"] is None:
+        raise ValueError("it normalises by statistics of the batch, so its slope depends on the other examples")
+    return Diagonal(CalledBatchNorm(call.lazily(2, "running_var"), call.lazily(3, "weight"), options["eps"]))
 
 
 def _only_input_is_signal(call: Call, name: str) -> Any:
@@ -222,6 +202,17 @@ def _softmax(bound: Callable[..., Any], call: Call) -> Piece:
 def _activation(curve: Callable[..., Curve], call: Call) -> Piece:
     names = [n for n in inspect.signature(curve).parameters if n != "inplace"]
     return Activation(partial(curve, **call.bind(*names)))
+
+
+_ATTENTION = "attention multiplies activations by activations, which has no finite slope on unbounded inputs"
+_PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, "matmul", "bmm")
+_ATTENTIONS = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+
+
+def why_refused(call: Call) -> str:
+    """Return why a call without a rule has none."""
+    is_product = call.function in _PRODUCTS and len(call.signals) > 1
+    return _ATTENTION if is_product or call.function in _ATTENTIONS else "no rule is known for this operation"
 
 
 FUNCTION_RULES: dict[object, Callable[[Call], Piece]] = {}
@@ -247,6 +238,10 @@ def _fill_rules() -> None:
     _register(_identity, *dropouts)
     _register(_reshaping, torch.flatten, "flatten", "unflatten", "view", "reshape", torch.reshape)
     _register(_reshaping, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze)
+    _register(_sum, torch.sum, "sum")
+    _register(_scaled_shift, torch.addcmul, "addcmul")
+    _register(_expansion, "expand_as")
+    _register(_reshaping, "view_as", "reshape_as")
     _register(_replayed, "permute", torch.permute, "transpose", torch.transpose, operator.getitem)
     _register(_replayed, "expand", "repeat", "flip", torch.flip, "roll", torch.roll, torch.narrow, "narrow")
     _register(_replayed, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, "movedim", torch.movedim)
@@ -254,6 +249,10 @@ def _fill_rules() -> None:
     _register(_interpolate, F.interpolate)
     _register(_mean, torch.mean, "mean")
     _register(_linear, F.linear)
+    _register(_called_layer_norm, F.layer_norm, torch.layer_norm)
+    _register(_called_group_norm, F.group_norm, torch.group_norm)
+    _register(_called_rms_norm, F.rms_norm, torch.rms_norm)
+    _register(_called_batch_norm, F.batch_norm)
     _register(partial(_softmax, softmax_bound), F.softmax, torch.softmax, "softmax")
     _register(partial(_softmax, log_softmax_bound), F.log_softmax, torch.log_softmax, "log_softmax")
     for dims in (1, 2, 3):

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds.norm_slopes import batch_norm_log_slopes
-from lightning_lcnn.bounds.pieces import Concat, Diagonal, Number, Sum
+from lightning_lcnn.bounds.pieces import Concat, Diagonal, Number, Product, Sum
 from lightning_lcnn.bounds.recursion import Leaf, Node, Recursion
 from lightning_lcnn.bounds.steps import Step, build_steps
 from lightning_lcnn.bounds.tracing import record
 from lightning_lcnn.functional._sharded import unsharded
+
+_JOINS = {Sum: "sum", Product: "product", Concat: "concat"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class CurvatureGraph:
         Spectral layers count with their gain and batch norms with their evaluation slope, plain layers with a bound
         that needs no input size. ReLU, max pooling and other kinks count with their slope only: they have no finite
         curvature and cannot be trained to have one; :func:`network_bound` reports them as infinite. Pooling counts
-        with a slope that holds for every input size.
+        with a slope that holds for every input size, layer and group norms as at inputs of variance 1, and a product
+        of two activations, which has no bound for all inputs, as if both were at most 1.
 
         Returns:
             A :class:`Surrogate`; nothing in it waits for the device.
@@ -98,8 +101,9 @@ class CurvatureGraph:
         )
 
     def _leaf_values(self) -> tuple[Tensor, Tensor]:
-        norms = iter(batch_norm_log_slopes([s.module for s in self._slope_leaves if isinstance(s.piece, Diagonal)]))
-        slopes = [next(norms) if isinstance(s.piece, Diagonal) else s.piece.log_slope() for s in self._slope_leaves]
+        pieces = [step.piece for step in self._slope_leaves]
+        norms = iter(batch_norm_log_slopes([p.module for p in pieces if isinstance(p, Diagonal)]))
+        slopes = [next(norms) if isinstance(piece, Diagonal) else piece.log_slope() for piece in pieces]
         bends = [step.piece.log_bend() for step in self._bend_leaves]
         tensors = [value for value in (*slopes, *bends) if isinstance(value, Tensor)]
         like = next(iter(tensors), torch.zeros(()))
@@ -107,8 +111,8 @@ class CurvatureGraph:
         return _stack(slopes, like, dtype), _stack(bends, like, dtype)
 
     def _node(self, step: Step) -> Node:
-        if isinstance(step.piece, Sum | Concat):
-            return Node(step.inputs, join="concat" if isinstance(step.piece, Concat) else "sum")
+        if type(step.piece) in _JOINS:
+            return Node(step.inputs, join=_JOINS[type(step.piece)])
         try:
             log_slope, bend = step.piece.log_slope(), step.piece.log_bend()
         except ValueError as error:

@@ -91,7 +91,7 @@ def _certified(network: MeasuredNetwork) -> tuple[LayerBound, ...]:
             _check_ranks(network, i)
             bound = step.piece.certify(network.input_shape(i), network.shapes[i])
         except ValueError as error:
-            raise ValueError(f"`model` has no bound at '{step.name}' ({step.kind}): {error}") from error
+            raise ValueError(step.refusal(str(error))) from error
         bounds.append(_folded(network, i, bounds, bound))
     return tuple(bounds)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lcnn.bounds.activations import CURVES, curve_of
+from lightning_lcnn.bounds.normalizations import over_groups, over_last
 from lightning_lcnn.bounds.pieces import (
     SPECTRAL,
     Activation,
@@ -39,18 +40,13 @@ from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 UserRule = Callable[[Any, "Shape | None"], LayerBound]
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LIPSCHITZ_NORMS = (LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d)
-_OWN_STATISTICS = "it normalises by statistics of its own input, and only 1/√ε (300 by default) bounds its slope"
 _PRODUCT = "it multiplies activations by activations, which has no finite slope on unbounded inputs"
+_ATTENTION = "dot-product attention multiplies activations by activations and has no finite slope on unbounded inputs"
 REFUSED: dict[type, str] = {
-    nn.LayerNorm: _OWN_STATISTICS,
-    nn.GroupNorm: _OWN_STATISTICS,
-    nn.InstanceNorm1d: _OWN_STATISTICS,
-    nn.InstanceNorm2d: _OWN_STATISTICS,
-    nn.InstanceNorm3d: _OWN_STATISTICS,
-    nn.LocalResponseNorm: _OWN_STATISTICS,
-    nn.MultiheadAttention: _PRODUCT,
-    nn.TransformerEncoderLayer: _PRODUCT,
-    nn.TransformerDecoderLayer: _PRODUCT,
+    nn.LocalResponseNorm: "it divides by powers of sums over its own input, for which no rule is known",
+    nn.MultiheadAttention: _ATTENTION,
+    nn.TransformerEncoderLayer: _ATTENTION,
+    nn.TransformerDecoderLayer: _ATTENTION,
     nn.Bilinear: _PRODUCT,
     nn.GLU: _PRODUCT,
     nn.LSTM: _PRODUCT,
@@ -127,9 +123,8 @@ def _non_negative(value: Number) -> bool:
     return isinstance(value, Tensor) or value >= 0
 
 
-def _read(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    return value if value is None else whole(value)
+def _read(module: nn.Module, name: str) -> Any:
+    return whole(getattr(module, name))
 
 
 def _linear(module: nn.Linear) -> Piece:
@@ -147,6 +142,20 @@ def _norm(module: nn.BatchNorm2d) -> Piece:
             "it keeps no running statistics, so its slope depends on the batch; use track_running_stats=True"
         )
     return Diagonal(module)
+
+
+def _layer_norm(module: nn.LayerNorm) -> Piece:
+    return over_last(module.normalized_shape, module.eps, partial(_read, module, "weight"))
+
+
+def _group_norm(module: nn.GroupNorm) -> Piece:
+    return over_groups(module.num_groups, module.num_channels, module.eps, partial(_read, module, "weight"))
+
+
+def _instance_norm(module: nn.InstanceNorm2d) -> Piece:
+    if module.running_var is not None:
+        return Diagonal(module)
+    return over_groups(0, None, module.eps, partial(_read, module, "weight"))
 
 
 def _apply(module: nn.Module, x: Tensor, output_shape: Shape) -> Tensor:
@@ -198,7 +207,8 @@ def _max_pool(dims: int, module: nn.MaxPool2d) -> Piece:
 
 
 def _smooth_pool(module: LogMeanExpPool2d) -> Piece:
-    return pooling(windows(2, **_pool_options(module, "kernel_size", "stride", "padding", "temperature")))
+    names = ("kernel_size", "stride", "padding", "temperature", "ceil_mode")
+    return pooling(windows(2, **_pool_options(module, *names)))
 
 
 def _fill() -> None:
@@ -211,6 +221,11 @@ def _fill() -> None:
         _RULES[kind] = _conv
     for kind in (*PLAIN_NORMS, *LIPSCHITZ_NORMS):
         _RULES[kind] = _norm
+    for kind in (nn.LayerNorm, nn.RMSNorm):
+        _RULES[kind] = _layer_norm
+    _RULES[nn.GroupNorm] = _group_norm
+    for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
+        _RULES[kind] = _instance_norm
     for name in ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"):
         _RULES[getattr(nn, name)] = _identity
     for kind in (nn.Flatten, nn.Unflatten):

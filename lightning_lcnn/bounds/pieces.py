@@ -81,6 +81,18 @@ class Concat(Piece):
 
 
 @dataclass(frozen=True)
+class Product(Piece):
+    """x₁ · x₂ of two activations, as in squeeze-and-excitation.
+
+    The surrogate counts it as if neither factor exceeded 1 in magnitude, what a gate does and normalised activations
+    are like: slopes L₁ + L₂, curvatures M₁ + M₂ + 2 L₁ L₂. No bound holds for every input.
+    """
+
+    def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
+        raise ValueError("the product of two activations has no finite slope on unbounded inputs")
+
+
+@dataclass(frozen=True)
 class Activation(Piece):
     """Elementwise s(x); the derivative ranges are read anew each time, because β may be trained."""
 
@@ -148,7 +160,7 @@ class Weight(Piece):
 class Diagonal(Piece):
     """Batch norm in evaluation mode: every channel is scaled."""
 
-    module: Any  # a batch norm, torch's or ours
+    module: Any  # a batch norm, torch's or ours, or what has the same attributes
 
     def log_slope(self) -> Number:
         return batch_norm_log_slopes([self.module])[0]
@@ -158,11 +170,11 @@ class Diagonal(Piece):
 
     def exact_scale(self) -> Tensor:
         """Signed factor of each channel in float64, detached, shape (C,)."""
-        layer = copy_without_hooks(self.module).cpu().double()
+        layer = self.module
         if hasattr(layer, "scale_and_shift"):
-            return layer.scale_and_shift()[0].detach()
-        scale = torch.rsqrt(layer.running_var + layer.eps)
-        return (scale if layer.weight is None else scale * layer.weight).detach()
+            return copy_without_hooks(layer).cpu().double().scale_and_shift()[0].detach()
+        scale = torch.rsqrt(layer.running_var.detach().cpu().double() + layer.eps)
+        return scale if layer.weight is None else scale * layer.weight.detach().cpu().double()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@ r"""The composition rules as one recursion on logarithms, shared by the surrogat
 
 A map with slope l and curvature b after one with slope L and curvature M has slope l·L and curvature l·M + b·L².
 Chains without branches are summed up at once: with steps j of slope l_j and curvature b_j a chain has slope Π l_j and
-curvature :math:`\sum_j b_j (\prod_{i<j} l_i)^2 \prod_{i>j} l_i`. Sums add; concatenations combine in root-sum-square.
+curvature :math:`\sum_j b_j (\prod_{i<j} l_i)^2 \prod_{i>j} l_i`. Sums add; concatenations combine in root-sum-square;
+products of factors of magnitude 1 add, and twice the product of their slopes joins their curvature.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +30,7 @@ class Node:
     """A step as the recursion sees it: logarithms of slope and curvature, fixed or by position."""
 
     inputs: tuple[int, ...]
-    join: str = ""  # "", "sum" or "concat"
+    join: str = ""  # "", "sum", "product" or "concat"
     slope: float | Leaf = 0.0
     bend: float | Leaf | None = None
     offsets: tuple[float, ...] = ()  # joins: logarithms of factors on the inputs
@@ -150,8 +152,11 @@ class Recursion:
                 slope[last] = slope[source] + s
                 curvature[last] = torch.logaddexp(curvature[source] + s, 2 * slope[source] + c)
             else:
-                slope[entry] = self._join(self.nodes[entry], slope)
-                curvature[entry] = self._join(self.nodes[entry], curvature)
+                node = self.nodes[entry]
+                slope[entry], curvature[entry] = self._join(node, slope), self._join(node, curvature)
+                if node.join == "product":
+                    cross = slope[node.inputs[0]] + slope[node.inputs[1]] + math.log(2)
+                    curvature[entry] = torch.logaddexp(curvature[entry], cross)
         return slope, curvature
 
     @staticmethod

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_lcnn.bounds.function_rules import FUNCTION_RULES, Call, Constant, Signal, unknown_size
+from lightning_lcnn.bounds.calls import Call, Constant, Signal, unknown_size
+from lightning_lcnn.bounds.function_rules import FUNCTION_RULES, why_refused
 from lightning_lcnn.bounds.module_rules import REFUSED, has_rule, piece_of
 from lightning_lcnn.bounds.pieces import Piece, Rearrange, Shape
 from lightning_lcnn.functional._sharded import whole
 
 _SIZES = ("size", "dim", "numel", "ndimension", "new_zeros", "new_ones", torch.zeros_like)
 _SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+_LIKE = ("expand_as", "view_as", "reshape_as", "type_as")
 _SPLITS = (torch.chunk, torch.split, torch.unbind, torch.tensor_split, "chunk", "split", "unbind", "tensor_split")
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -32,6 +34,11 @@ class Step:
     inputs: tuple[int, ...]  # steps that it reads; the network's input is step 0
     node: str  # name of the fx node
     module: nn.Module | None = None
+    where: str = ""  # the place in words, for messages
+
+    def refusal(self, reason: str) -> str:
+        """Message for a step that turns out to have no bound."""
+        return _refusal(self.where or f"'{self.name}' ({self.kind})", type(self.module), reason)
 
 
 def build_steps(model: nn.Module, graph: fx.Graph) -> list[Step]:
@@ -95,6 +102,8 @@ class _Builder:
 
     def _module(self, node: fx.Node, call: Call) -> Any:
         module = self.modules[str(node.target)]
+        if not call.signals:
+            return Constant(module, call.args, tuple(call.kwargs.items()))
         if not has_rule(module):
             raise ValueError(self._refusal(node, REFUSED.get(type(module), "no rule is known for this class")))
         if len(call.signals) != 1:
@@ -114,8 +123,10 @@ class _Builder:
             return Constant(unknown_size)
         if call.function in _SPLITS:
             return _Split(call)
+        if call.function in _LIKE:  # the second tensor gives its shape or type only
+            call = Call(call.function, call.args[:1], {})
         if call.function not in FUNCTION_RULES:
-            raise ValueError(self._refusal(node, "no rule is known for this operation"))
+            raise ValueError(self._refusal(node, why_refused(call)))
         return self._append(node, partial(FUNCTION_RULES[call.function], call), call.signals)
 
     def _append(
@@ -126,7 +137,7 @@ class _Builder:
         except ValueError as error:
             raise ValueError(self._refusal(node, str(error))) from error
         kind = _function_name(node) if module is None else type(module).__name__
-        self.steps.append(Step(self._name(node), kind, piece, tuple(inputs), node.name, module))
+        self.steps.append(Step(self._name(node), kind, piece, tuple(inputs), node.name, module, self._where(node)))
         return Signal(len(self.steps) - 1)
 
     def _finish(self, node: fx.Node) -> None:
@@ -152,12 +163,15 @@ class _Builder:
         return f"`{_function_name(node)}` in the forward of " + (f"module '{path}'" if path else "the model")
 
     def _refusal(self, node: fx.Node, reason: str) -> str:
-        way = "Register a bound of your own: lightning_lcnn.bounds.register_rule({}, rule)."
-        if node.op == "call_module":
-            way = way.format(type(self.modules[str(node.target)]).__name__)
-        else:
-            way = "Move it into a module of your own and " + way[0].lower() + way[1:].format("Module")
-        return f"`model` has no bound at {self._where(node)}: {reason}. {way}"
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        return _refusal(self._where(node), type(module), reason)
+
+
+def _refusal(where: str, module_type: type, reason: str) -> str:
+    way = "Register a bound of your own: lightning_lcnn.bounds.register_rule({}, rule)."
+    if module_type is type(None):
+        way = "Move it into a module of your own and " + way[0].lower() + way[1:].format("Module")
+    return f"`model` has no bound at {where}: {reason}. {way.format(module_type.__name__)}"
 
 
 @dataclass(frozen=True)
