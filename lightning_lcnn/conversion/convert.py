@@ -13,6 +13,7 @@ from lightning_lcnn.conversion.expand import Place, expand
 from lightning_lcnn.conversion.options import POOLING_KEPT, SKIPPED, Options, check_input, check_model, checked_skip
 from lightning_lcnn.conversion.record import Kink, record_run
 from lightning_lcnn.conversion.report import Change, ConversionReport, Kept
+from lightning_lcnn.conversion.rules import bend_reason
 from lightning_lcnn.conversion.tree import is_ours
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -69,24 +70,30 @@ def to_low_curvature(
 ) -> nn.Module | tuple[nn.Module, ConversionReport]:
     """Return a low-curvature copy of a network, with its weights; for β → ∞ it computes the same function.
 
-    ReLU becomes :class:`CenteredSoftplus`; LeakyReLU, ReLU6, Hardtanh and Hardsigmoid :class:`PiecewiseSoftplus`; batch
-    norms :class:`LipschitzBatchNorm1d` and so on; convolutions and inner linear layers :class:`SpectralConv2d`,
-    :class:`SpectralLinear` and so on. The scale σ of a layer goes into the running statistics of the batch norm behind
-    it, if that gets all of its output, and else into a learnable gain.
+    ReLU becomes :class:`~lightning_lcnn.layers.CenteredSoftplus`; LeakyReLU, ReLU6, Hardtanh, Hardsigmoid and
+    Softshrink :class:`~lightning_lcnn.layers.PiecewiseSoftplus`; Hardswish, PReLU, SELU and ELU with α ≠ 1 their smooth
+    forms of those names. SiLU, GELU, Mish, CELU, ELU and Softplus have no kink and become
+    :class:`~lightning_lcnn.layers.ScaledActivation`, whose own β starts at 1, where it is the same function. Batch
+    norms become :class:`~lightning_lcnn.layers.LipschitzBatchNorm1d` and so on, convolutions and inner linear layers
+    :class:`~lightning_lcnn.layers.SpectralConv2d`, :class:`~lightning_lcnn.layers.SpectralLinear` and so on. The scale
+    σ of a layer goes into the running statistics of the batch norm behind it, if that gets all of its output, and else
+    into a learnable gain.
 
     The example input is run through copies of the model in evaluation mode, to see the sizes and where every
     tensor goes. ``F.relu`` and the like inside a ``forward`` become child modules by an edit of its source; the
-    class stays a subclass of the user's. The copy is kept only if its output is the same. timm's
-    ``BatchNormAct2d`` becomes a sequence of batch norm and activation (its weights get ``norm.`` before their names).
-    Classes are matched exactly. What is left alone: activations that are smooth already (SiLU, GELU, Softplus,
-    Tanh, ...), all that has no counterpart, and what the example input does not reach. Tied weights stay tied,
-    and a module that is used twice stays one module with one β; hooks, flags and frozen parameters are taken over.
+    class stays a subclass of the user's. The copy is kept only if its output is the same. timm's own forms of torch's
+    layers become those, its ``BatchNormAct2d`` a sequence (its weights get ``norm.`` before their names).
+    Classes are matched exactly. What is left alone: activations that bound their output (Sigmoid, Tanh, ...), all
+    that has no counterpart, such as layer norm and attention, and what the example input does not reach. Tied
+    weights stay tied, and a module that is used twice stays one module with one β; hooks, flags and frozen
+    parameters are taken over.
 
     Args:
         model: Any module, pretrained or not; not changed. Inside a LightningModule convert the network,
             ``self.model = to_low_curvature(self.model, x)``, or the LightningModule if it is its own network.
         example_input: One batch as in training, of any batch size, on the device of the model.
-        beta: Start of every β. At 10 accuracy is that of ReLU and curvature about a tenth (ours).
+        beta: Start of every β but those of the scaled activations. At 10 accuracy is that of ReLU and curvature about
+            a tenth (ours).
         gamma: Start of every γ of the batch norms, which clips those of larger slope; ``None``: 10, or the
             layer's own slope if that is larger, so that nothing is clipped at the start.
         max_pool: ``"keep"`` leaves max pooling, whose curvature is infinite; ``"smooth"`` takes log-mean-exp of
@@ -167,7 +174,7 @@ def _remaining_kinks(
     found: dict[tuple[str, str], Kept] = {}
     for kink in record_run(model, example_input).kinks:
         owner = model.get_submodule(kink.owner)
-        if is_ours(owner) or kink.owner in told:
+        if is_ours(owner) or kink.owner in told or bend_reason(owner) == "":  # Softsign takes |x|, and has no kink
             continue
         what = f"{kink.operation} at {kink.place()}"
         reason = _why_kink(kink, reasons)

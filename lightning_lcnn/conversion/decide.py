@@ -15,6 +15,7 @@ from lightning_lcnn.conversion.options import OUTPUT_LAYER, SKIPPED, Options
 from lightning_lcnn.conversion.record import Record
 from lightning_lcnn.conversion.report import Change, Kept
 from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
+from lightning_lcnn.layers import ScaledActivation
 
 _NORMS = (*rules.NORMS, nn.SyncBatchNorm)
 
@@ -27,7 +28,8 @@ class Decisions:
 
     def __init__(self, model: nn.Module, record: Record, options: Options) -> None:
         self.model, self.record, self.options = model, record, options
-        self.modules = dict(model.named_modules())
+        inner = {id(module.activation) for module in model.modules() if type(module) is ScaledActivation}
+        self.modules = {name: module for name, module in model.named_modules() if id(module) not in inner}
         self.rows: dict[str, Change | Kept] = {}
         self._encoders = [name for name, m in self.modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
         self._replacements: dict[int, nn.Module] = {}
@@ -142,7 +144,8 @@ class Decisions:
             self._keep(name, module, reason or "smooth already", smooth=not reason)
         else:
             new = new.to(self.record.usage[name].device, self._dtype)
-            self._replace(name, module, new, f"β {self.options.beta:g}", attributes=False)
+            note = "β 1, the same function" if type(new) is ScaledActivation else f"β {self.options.beta:g}"
+            self._replace(name, module, new, note, attributes=False)
 
     def _replace(self, name: str, old: nn.Module, new: nn.Module, note: str = "", attributes: bool = True) -> None:
         self._replacements[id(old)] = take_over(old, new, attributes)

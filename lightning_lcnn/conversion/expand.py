@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from types import CodeType
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.conversion import rules
+from lightning_lcnn.conversion.foreign import stock_form
 from lightning_lcnn.conversion.options import Options
 from lightning_lcnn.conversion.record import Record, record_run, same_values
 from lightning_lcnn.conversion.source import Build, CannotRewriteError, edit_method, is_function
-from lightning_lcnn.conversion.tree import is_stock, replace_modules, take_over
+from lightning_lcnn.conversion.tree import is_stock, replace_modules
 
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 ACTIVATIONS: dict[Any, Build] = {
@@ -26,6 +26,17 @@ ACTIVATIONS: dict[Any, Build] = {
     F.leaky_relu: (nn.LeakyReLU, ("negative_slope", "inplace")),
     F.hardtanh: (nn.Hardtanh, ("min_val", "max_val", "inplace")),
     F.hardsigmoid: (nn.Hardsigmoid, ("inplace",)),
+    F.hardswish: (nn.Hardswish, ("inplace",)),
+    F.softshrink: (nn.Softshrink, ("lambd",)),
+    F.elu: (nn.ELU, ("alpha", "inplace")),
+    F.celu: (nn.CELU, ("alpha", "inplace")),
+    F.selu: (nn.SELU, ("inplace",)),
+    F.silu: (nn.SiLU, ("inplace",)),
+    F.mish: (nn.Mish, ("inplace",)),
+    F.gelu: (nn.GELU, ("approximate",)),
+    F.softplus: (nn.Softplus, ("beta", "threshold")),
+    torch.celu: (nn.CELU, ("alpha",)),
+    torch.selu: (nn.SELU, ()),
 }
 POOLINGS: dict[Any, Build] = {
     F.max_pool1d: (nn.MaxPool1d, _POOL),
@@ -33,14 +44,11 @@ POOLINGS: dict[Any, Build] = {
     F.max_pool3d: (nn.MaxPool3d, _POOL),
     F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
 }
-# timm's batch norm with dropout and activation inside; by name, for timm is no dependency
-_FUSED_NORMS = {"timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d}
-
 Place = tuple[str, CodeType]  # path of a module and code of one of its methods
 
 
 def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[nn.Module, Record, dict[Place, str]]:
-    """Turn functional activations and fused batch norms into stock modules, in a copy.
+    """Turn functional activations and timm's own layers into stock modules, in a copy.
 
     The copy is run again and dropped unless it gives the same output.
 
@@ -65,7 +73,7 @@ def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[n
         except CannotRewriteError as error:
             reasons[place] = str(error)
     _replace_attributes(expanded, record, options)
-    expanded = _split_fused_norms(expanded, options)
+    expanded = _replace_foreign(expanded, options)
     _set_inplace(expanded, options)
     after = _try_run(expanded, example_input)
     if after is not None and same_values(record.output, after.output):
@@ -92,13 +100,13 @@ def _copy(model: nn.Module) -> nn.Module:
 def _places(model: nn.Module, record: Record, options: Options) -> dict[Place, set[str]]:
     """Return the methods to edit, each with the activations to be given one module for every call."""
     places: dict[Place, set[str]] = {}
-    for kink in record.kinks:
+    for kink in record.kinks + record.smooth:
         module = model.get_submodule(kink.owner)
         if kink.code is None or options.skips(kink.owner, module):
             continue
         if kink.on_owner and not is_stock(module):
             places.setdefault((kink.owner, kink.code), set())
-        elif options.separate_activations and type(module) in rules.ACTIVATIONS:
+        elif options.separate_activations and rules.activation(module, options) is not None:
             parent, _, attribute = kink.owner.rpartition(".")
             if record.usage[kink.owner].calls > 1 and not isinstance(model.get_submodule(parent), nn.Sequential):
                 places.setdefault((parent, kink.code), set()).add(attribute)
@@ -115,7 +123,7 @@ def _edit(model: nn.Module, place: Place, separate: set[str], options: Options) 
 
 def _replace_attributes(model: nn.Module, record: Record, options: Options) -> None:
     """Turn ``self.activation = F.relu`` into a child module of that name."""
-    owners = {kink.owner for kink in record.kinks}
+    owners = {kink.owner for kink in record.kinks + record.smooth}
     for name, module in model.named_modules():
         if name not in owners or is_stock(module) or options.skips(name, module):
             continue
@@ -125,20 +133,13 @@ def _replace_attributes(model: nn.Module, record: Record, options: Options) -> N
                 module.add_module(key, ACTIVATIONS[value][0]().train(module.training))
 
 
-def _split_fused_norms(model: nn.Module, options: Options) -> nn.Module:
-    """Turn timm's BatchNormAct2d into a sequence of a batch norm and what follows it."""
+def _replace_foreign(model: nn.Module, options: Options) -> nn.Module:
+    """Put torch's own layers in the place of timm's that compute the same, one or several for each."""
     replacements: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        cls = type(module)
-        stock = _FUSED_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if stock is None or options.skips(name, module):
-            continue
-        norm: Any = stock(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-        for key, value in (*module._parameters.items(), *module._buffers.items()):
-            setattr(norm, key, value)
-        parts = {"norm": norm.train(module.training)} | dict(module.named_children())
-        kept = {key: part for key, part in parts.items() if type(part) is not nn.Identity}
-        replacements[id(module)] = take_over(module, nn.Sequential(OrderedDict(kept)), attributes=False)
+        stock = None if options.skips(name, module) else stock_form(module)
+        if stock is not None:
+            replacements[id(module)] = stock
     return replace_modules(model, replacements)
 
 

@@ -14,7 +14,7 @@ from lightning_lcnn.conversion.options import check_input, check_model
 from lightning_lcnn.conversion.record import record_run
 from lightning_lcnn.conversion.rules import NORMS, SPECTRAL
 from lightning_lcnn.conversion.tree import replace_modules, take_over
-from lightning_lcnn.layers import CenteredSoftplus
+from lightning_lcnn.layers import LearnableBeta, ScaledActivation
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _PLAIN = {ours: stock for stock, ours in (SPECTRAL | NORMS).items()}
@@ -25,9 +25,9 @@ def fold(model: ModelT, example_input: Tensor | None = None, *, batch_norm: str 
     """Return a copy for inference, of torch's own layers but for the activation.
 
     Spectral layers become ``nn.Linear`` and ``nn.ConvNd`` with the weight W γ/σ, Lipschitz batch norms
-    ``nn.BatchNormNd`` whose weight holds the clipping; every ``CenteredSoftplus`` stays, with β fixed. Outputs
-    are those of ``model`` in evaluation mode up to rounding. The result has no buffers of the power
-    iteration and exports with ``torch.export`` and ``torch.onnx``.
+    ``nn.BatchNormNd`` whose weight holds the clipping; activations stay, with β fixed. Outputs are those of ``model``
+    in evaluation mode up to rounding. The result has no buffers of the power iteration and exports with
+    ``torch.export`` and ``torch.onnx``.
 
     Args:
         model: A network with low-curvature layers; not changed.
@@ -65,16 +65,19 @@ def fold(model: ModelT, example_input: Tensor | None = None, *, batch_norm: str 
 
 
 def _plain(module: Any) -> nn.Module | None:
-    if type(module) is CenteredSoftplus:
+    if isinstance(module, LearnableBeta):
         return _fixed(module)
     if type(module) not in _PLAIN:
         return None
     return _plain_norm(module) if _PLAIN[type(module)] in NORMS else _plain_linear(module)
 
 
-def _fixed(module: CenteredSoftplus) -> CenteredSoftplus:
-    new = CenteredSoftplus(learnable=False, num_channels=module.num_channels, inplace=module.inplace)
-    new.log_beta = module.log_beta.detach().clone()
+def _fixed(module: LearnableBeta) -> nn.Module:
+    """Without what is trained; a scaled activation at β = 1 is the activation."""
+    if type(module) is ScaledActivation and not module.log_beta.any():
+        return module.activation
+    new = copy.copy(module)
+    new._parameters, new._buffers = {}, {"log_beta": module.log_beta.detach().clone()}
     return new
 
 

@@ -25,6 +25,7 @@ KINKS = frozenset(
         *("fractional_max_pool2d", "fractional_max_pool3d"),
     }
 )
+_SMOOTH = frozenset({"silu", "gelu", "mish", "softplus", "elu", "celu"})  # activations without one
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose outputs are followed
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -42,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Kink:
-    """A non-smooth operation and the line of the caller's source that asked for it."""
+    """A non-smooth operation, or a smooth activation, and the line of the caller's source that asked for it."""
 
     owner: str  # path of the innermost module that was running
     operation: str
@@ -61,6 +62,7 @@ class Record:
 
     usage: dict[str, Usage]  # by module path
     kinks: list[Kink] = field(default_factory=list)
+    smooth: list[Kink] = field(default_factory=list)  # places of activations that are smooth already
     read_outside: set[str] = field(default_factory=set)  # modules whose tensors another module read directly
     output: Any = None
 
@@ -112,9 +114,9 @@ class _Recorder(TorchDispatchMode):
                 self.record.read_outside |= owners
         output = func(*args, **(kwargs or {}))
         operation = func.overloadpacket.__name__.rstrip("_")
-        is_kink = operation in KINKS or (operation == "elu" and len(args) > 1 and args[1] != 1)  # also SELU
-        if is_kink and any(t.is_floating_point() for t in tensors(output)):
-            self.record.kinks.append(self._kink(here, operation))
+        is_kink = operation in KINKS or (operation == "elu" and _elu_jumps(*args[1:]))
+        if (is_kink or operation in _SMOOTH) and any(t.is_floating_point() for t in tensors(output)):
+            (self.record.kinks if is_kink else self.record.smooth).append(self._kink(here, operation))
         return output
 
     def _kink(self, owner: str, operation: str) -> Kink:
@@ -126,6 +128,11 @@ class _Recorder(TorchDispatchMode):
         arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
         receiver = frame.f_locals.get(arguments[0]) if arguments else None
         return Kink(owner, operation, frame.f_code, frame.f_lineno, receiver is self.modules[owner])
+
+
+def _elu_jumps(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> bool:
+    """Whether the slope jumps at 0, from alpha * scale * input_scale to scale; ELU, CELU and SELU arrive here."""
+    return alpha * input_scale != 1
 
 
 def record_run(model: nn.Module, example_input: Tensor) -> Record:

@@ -19,13 +19,19 @@ from lightning_lcnn.layers import (
     LipschitzBatchNorm3d,
     LogMeanExpPool2d,
     PiecewiseSoftplus,
+    ScaledActivation,
+    SmoothELU,
+    SmoothHardswish,
+    SmoothPReLU,
     SpectralConv1d,
     SpectralConv2d,
     SpectralConv3d,
     SpectralLinear,
 )
 
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+# smooth forms, by the β that they start with; they tend to the original as it grows
+KINKED: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
     nn.ReLU: lambda old, beta: CenteredSoftplus(beta, inplace=old.inplace),
     nn.ReLU6: lambda old, beta: PiecewiseSoftplus((0.0, 6.0), (1.0, -1.0), beta=beta),
     nn.LeakyReLU: lambda old, beta: PiecewiseSoftplus(
@@ -35,6 +41,22 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
         (old.min_val, old.max_val), (1.0, -1.0), offset=old.min_val, beta=beta
     ),
     nn.Hardsigmoid: lambda old, beta: PiecewiseSoftplus((-3.0, 3.0), (1 / 6, -1 / 6), beta=beta),
+    nn.Softshrink: lambda old, beta: PiecewiseSoftplus(
+        (-old.lambd, old.lambd), (-1.0, 1.0), slope=1.0, offset=old.lambd, beta=beta
+    ),
+    nn.Hardswish: lambda old, beta: SmoothHardswish(beta),
+    nn.PReLU: lambda old, beta: _prelu(old, beta),
+    nn.ELU: lambda old, beta: SmoothELU(old.alpha, beta=beta),  # where alpha is not 1
+    nn.SELU: lambda old, beta: SmoothELU(_SELU_ALPHA, _SELU_SCALE, beta),
+}
+# smooth already: they get a β that starts at 1, where they are the same function
+SCALABLE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.SiLU: lambda old: nn.SiLU(),
+    nn.GELU: lambda old: nn.GELU(old.approximate),
+    nn.Mish: lambda old: nn.Mish(),
+    nn.ELU: lambda old: nn.ELU(old.alpha),
+    nn.CELU: lambda old: nn.CELU(old.alpha),
+    nn.Softplus: lambda old: nn.Softplus(old.beta, old.threshold),
 }
 SPECTRAL: dict[type[nn.Module], Any] = {
     nn.Linear: SpectralLinear,
@@ -60,10 +82,12 @@ _CURVES = {cls: curve for curve, classes, _ in CURVES for cls in classes if cls 
 
 
 def activation(old: nn.Module, options: Options) -> nn.Module | None:
-    """Return the smooth counterpart of an activation, None if it has none."""
-    if type(old) in ACTIVATIONS:
-        return ACTIVATIONS[type(old)](old, options.beta)
-    return CenteredSoftplus(options.beta) if type(old) in options.activations else None
+    """Return the low-curvature form of an activation, None if it has none."""
+    if type(old) in options.activations:
+        return CenteredSoftplus(options.beta)
+    if type(old) in SCALABLE and not bend_reason(old):
+        return ScaledActivation(SCALABLE[type(old)](old))
+    return KINKED[type(old)](old, options.beta) if type(old) in KINKED else None
 
 
 def is_activation(module: nn.Module, options: Options) -> bool:
@@ -77,6 +101,12 @@ def bend_reason(module: nn.Module) -> str | None:
     return None if curve is None else curve_of(module, curve).reason
 
 
+def _prelu(old: Any, beta: float) -> nn.Module:
+    new = SmoothPReLU(old.num_parameters, beta=beta)
+    new.weight = old.weight
+    return new
+
+
 def pooling(old: Any, options: Options) -> nn.Module | str:
     """Return what replaces a max pooling, or the reason why nothing does."""
     if options.max_pool == "keep":
@@ -84,9 +114,9 @@ def pooling(old: Any, options: Options) -> nn.Module | str:
     if getattr(old, "return_indices", False) or getattr(old, "dilation", 1) not in (1, (1, 1), (1, 1, 1)):
         return "dilated, or asked for indices"
     if options.max_pool == "smooth":
-        if type(old) is not nn.MaxPool2d or old.ceil_mode:
-            return "only MaxPool2d without ceil_mode has a smooth counterpart; use max_pool='average'"
-        return LogMeanExpPool2d(old.kernel_size, old.stride, old.padding, temperature=1 / options.beta)
+        if type(old) is not nn.MaxPool2d:
+            return "only MaxPool2d has a smooth counterpart; use max_pool='average'"
+        return LogMeanExpPool2d(old.kernel_size, old.stride, old.padding, 1 / options.beta, old.ceil_mode)
     if hasattr(old, "output_size"):
         return AVERAGE[type(old)](old.output_size)
     arguments = (old.kernel_size, old.stride, old.padding, old.ceil_mode)
