@@ -194,6 +194,18 @@ def test_part_of_the_batch_is_attacked_and_the_rest_shared() -> None:
         assert changed.tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_channels_last_stays(fraction: float) -> None:
+    module = classifier(net=nn.Sequential(nn.Conv2d(3, 1, 1), network()))
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last), batch[1]
+
+    module.on_after_batch_transfer = transfer
+    trainer(callbacks=[AdversarialTraining(0.1, fraction=fraction)]).fit(module, batches())
+    assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in module.seen)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"), [(4, [0.05, 0.1, 0.15, 0.2]), (lambda step: float(step == 2), [0.0, 0.0, 0.2, 0.0])]
 )

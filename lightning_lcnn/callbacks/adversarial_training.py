@@ -200,7 +200,8 @@ class AdversarialTraining(Callback):
             attacked = self._attacked(self._network(pl_module), x[:count].detach(), target[:count], radius)
         if self.schedule is not None and trainer._logger_connector.should_update_logs:
             pl_module.log("adversarial/radius", radius)
-        return replace_batch_input(batch, torch.cat([attacked, x[count:]]), x)
+        # joining an empty rest would lose the memory format
+        return replace_batch_input(batch, torch.cat([attacked, x[count:]]) if count < len(x) else attacked, x)
 
     def _attacked(self, network: nn.Module, x: Tensor, target: Tensor, radius: float) -> Tensor:
         check_inputs(x, target)
