@@ -19,8 +19,11 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(p for p in SOURCES if p.su
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 COMMAND = re.compile(r"python (examples/\w+\.py)((?: +[^\s`|;)]+| *\\\n)*)")
+SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OURS = re.compile(r"^lightning-lcnn ([\w-]+)((?:[^\n\\]|\\\n)*)", re.MULTILINE)
+CONFIG = re.compile(r"examples/configs/\w+\.yaml")
 TOCTREE = re.compile(r"^```{toctree}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-OBJECT = re.compile(r"^\.\. auto(?:class|data|function):: (\w+)$", re.MULTILINE)
+OBJECT = re.compile(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", re.MULTILINE)
 
 
 def name(page: Path) -> str:
@@ -60,6 +63,22 @@ def test_commands_name_files_and_options_that_exist(page: Path) -> None:
             assert spelled, f"{page.name}: {script} has no {option}"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if OURS.search("".join(SHELL.findall(p.read_text())))], ids=name)
+def test_the_command_line_knows_its_options(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_lcnn.cli.main import COMMANDS, main
+
+    for config in CONFIG.findall(page.read_text()):
+        assert (ROOT / config).exists(), f"{page.name} names {config}"
+    for command, arguments in OURS.findall("\n".join(SHELL.findall(page.read_text()))):
+        assert command in COMMANDS, f"{page.name}: no command {command}"
+        if COMMANDS[command][0] == "training":
+            continue  # Lightning's options are those of the classes that are named
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        for option in re.findall(r"(--[\w-]+)", arguments):
+            assert re.search(rf"{option}\b", text), f"{page.name}: {command} has no {option}"
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = {DOCS / "index"}
     for page in SOURCES:
@@ -74,6 +93,11 @@ def documented_modules() -> list[ModuleType]:
         lightning_lcnn if page == "lightning_lcnn" else importlib.import_module(f"lightning_lcnn.{page}")
         for page in pages
     ]
+
+
+def test_every_package_has_a_page_in_the_reference() -> None:
+    packages = {p.parent.name for p in (ROOT / "lightning_lcnn").glob("*/__init__.py")}
+    assert packages <= {p.stem for p in (DOCS / "api").glob("*.rst")}
 
 
 @pytest.mark.parametrize("module", documented_modules(), ids=lambda m: m.__name__)
