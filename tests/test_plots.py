@@ -114,6 +114,8 @@ def test_training_curves_prefer_epochs_and_skip_empty_cells():
     assert axes.lines[0].get_xydata().tolist() == [[9, 3], [29, 1]]
     assert axes.get_xlabel() == "step"
     assert plots.training_curves([("a", logged)], "val").axes[0].get_xlabel() == "epoch"
+    twice = {"step": [9, 9, 19], "epoch": [0, 0, 1], "loss": [3.0, 2.0, 1.0]}
+    assert plots.training_curves([("a", twice)], "loss").axes[0].get_xlabel() == "step"
     with pytest.raises(ValueError, match="`column` 'other' has no numbers in any of the 1 histories"):
         plots.training_curves([("a", logged)], "other")
 

@@ -68,7 +68,7 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
             "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3],
-            "linewidth": 3.0 if i == 0 else 1.5,  # the first stays in sight where others lie on it
+            "linewidth": 2.5 if i == 0 else 1.5,  # the first stays in sight where others lie on it
             "markersize": 7.5 if i == 0 else 5.0,
         }
         for i, name in enumerate(names)

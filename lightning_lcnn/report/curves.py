@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from lightning_lcnn import plots
+from lightning_lcnn.plots import adversarial_curves, curvature_histograms, stability_curves, training_curves
 from lightning_lcnn.plots.grouping import Method
 from lightning_lcnn.plots.training import History
 from lightning_lcnn.report.figures import figure_html, in_words, thinned
@@ -28,12 +28,12 @@ _TRAINING = (
 _PERTURBATIONS = (
     (
         "gradient_change",
-        plots.stability_curves,
+        stability_curves,
         "Change of the input gradient under random noise, ‖∇f(x+δ) - ∇f(x)‖ / ‖∇f(x)‖: lower is more stable.",
     ),
     (
         "adversarial_accuracy",
-        plots.adversarial_curves,
+        adversarial_curves,
         "Accuracy under attack. Bars: standard deviation over seeds, or the standard error of the images for one seed.",
     ),
 )
@@ -62,7 +62,7 @@ def perturbations(methods: Sequence[Method]) -> Html | None:
     if any(value and value > 0 for record in records for value in record.get("curvature_values") or []):
         words = "Curvature of single images, all seeds of a method together."
         alt = f"{words} {'; '.join(in_words(methods, 'median_curvature', 'margin', label='median'))}."
-        figures.append(figure_html(plots.curvature_histograms(records), "histogram", alt, words))
+        figures.append(figure_html(curvature_histograms(records), "histogram", alt, words))
     return tag("div", *figures, class_="pair") if figures else None
 
 
@@ -71,7 +71,7 @@ def _training_curve(histories: Histories, column: str, key: str, label: str, sca
     if any(value <= 0 for _, history in drawn for value in history.get(column, ())):
         scale = "linear"
     ends = [f"{name} ends at {number(history[column][-1])}" for name, history in drawn if history.get(column)]
-    figure = plots.training_curves(drawn, column, label=label, scale=scale)
+    figure = training_curves(drawn, column, label=label, scale=scale)
     return figure_html(figure, key, f"{words} {'; '.join(ends)}.", f"{words} Column {column}.")
 
 

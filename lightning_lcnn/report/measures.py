@@ -77,11 +77,11 @@ def all_measures(methods: Sequence[Method]) -> list[Measure]:
             Measure(f"Hessian norms of the {output} that converged", ("converged", output), NEITHER, True),
         ]
     found += [
-        Measure(f"gradient change under noise, ℓ₂ {radius}", ("gradient_change", radius), LOWER, True)
+        Measure(f"gradient change under noise, ℓ₂\u00a0{radius}", ("gradient_change", radius), LOWER, True)
         for radius in _radii(methods, "gradient_change")
     ]
     found += [
-        Measure(f"accuracy under attack, ℓ₂ {radius}", ("adversarial_accuracy", radius), HIGHER, True)
+        Measure(f"accuracy under attack, ℓ₂\u00a0{radius}", ("adversarial_accuracy", radius), HIGHER, True)
         for radius in _radii(methods, "adversarial_accuracy")
     ]
     return [
@@ -104,7 +104,7 @@ def main_measures(methods: Sequence[Method]) -> list[Measure]:
     ):
         radius = largest_common_radius(methods, key)
         if radius is not None:
-            found.append(Measure(f"{label}, ℓ₂ {radius}", (key, radius), better, True))
+            found.append(Measure(f"{label}, ℓ₂\u00a0{radius}", (key, radius), better, True))
     certified = Measure("certified curvature", ("certified", "curvature"), LOWER)
     return found + [certified] * any(method.spread(*certified.path) is not None for method in methods)
 

@@ -33,10 +33,10 @@ caption span { display: inline-block; position: sticky; left: 0; max-width: min(
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
 thead th { vertical-align: bottom; font-weight: 600; min-width: 5.5rem; }
-th:first-child { text-align: left; min-width: 8rem; max-width: 18rem; overflow-wrap: anywhere; position: sticky;
+th:first-child { text-align: left; min-width: 9.5rem; max-width: 18rem; overflow-wrap: anywhere; position: sticky;
   left: 0; background: var(--page); }
 table.text th { text-align: left; }
-table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 4rem; max-width: 20rem; }
+table.text td { text-align: left; white-space: normal; overflow-wrap: break-word; max-width: 20rem; }
 tbody th { font-weight: 500; }
 td small, th small { display: block; font-weight: 400; }
 td:has(strong) { background: var(--mark); }
@@ -59,6 +59,8 @@ dd { margin-left: 0; }
   figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
   .scroll, .picture { overflow: visible; }
+  table { font-size: 8pt; }
+  th, td { padding: .2rem .4rem; min-width: 0 !important; white-space: normal; }
   details::details-content { content-visibility: visible; display: block; }
 }
 """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn._files import written_whole
+from lightning_lcnn._files import check_writable, written_whole
 from lightning_lcnn.plots.grouping import Method, group_by_name
 from lightning_lcnn.report.curves import perturbations, training
 from lightning_lcnn.report.layers import layers
@@ -118,8 +117,7 @@ def _check(sources: Sequence[str | Path], output: Path, images: Tensor | None, l
     if output.is_dir():
         raise IsADirectoryError(f"`output` must be a file, {output} is a folder; try {output / 'report.html'}.")
     parent = next(path for path in (output.absolute().parent, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):  # before the work, not after it
-        raise PermissionError(f"`output` {output} cannot be written: no permission in {parent}.")
+    check_writable(parent)  # before the work, not after it
     if (images is None) != (labels is None):
         raise ValueError("`images` and `labels` must be given together.")
     if images is None or labels is None:
