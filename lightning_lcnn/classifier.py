@@ -155,7 +155,7 @@ class LitClassifier(LCNNMixin, LightningModule):
         images, labels = batch
         logits = self(images)
         self.accuracy(logits, labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}_accuracy", self.accuracy, prog_bar=True)
         measures: Any = self.measures
         for name, metric in measures.items():

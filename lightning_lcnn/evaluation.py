@@ -147,9 +147,10 @@ def _derivatives(model: nn.Module, smooth: nn.Module, batches: _Batches, rows: T
     columns: dict[str, dict[str, list[Tensor]]] = {
         key: {output: [] for output in OUTPUTS} for key in ("gradient_norm", "hessian_norm", "curvature", "converged")
     }
+    hvp = _hvp(smooth, batches.example(), notes)
     for images, labels in batches.over(rows, "curvature"):
         for output in OUTPUTS:
-            result = normalized_curvature(smooth, images, labels, output)
+            result = normalized_curvature(smooth, images, labels, output, hvp=hvp)
             own = result.gradient_norm
             if smooth is not model:
                 own = input_gradient_norm(model, images, labels, output).values
@@ -162,6 +163,19 @@ def _derivatives(model: nn.Module, smooth: nn.Module, batches: _Batches, rows: T
     medians = {o: _finite(v.quantile(0.5), v, f"median_curvature.{o}", notes) for o, v in values["curvature"].items()}
     listed = [x if x < float("inf") else None for x in values["curvature"]["margin"][:LISTED_CURVATURES].tolist()]
     return {**means, "median_curvature": medians, "curvature_values": listed}
+
+
+def _hvp(smooth: nn.Module, example: Tensor, notes: Notes) -> str:
+    """Exact Hessian-vector products, or finite differences where an operation has no second derivative."""
+    label = torch.zeros(1, dtype=torch.int64, device=example.device)
+    try:
+        normalized_curvature(smooth, example, label, num_hvps=1)
+    except RuntimeError as error:
+        if "finite_difference" not in str(error):
+            raise
+        notes["hessian_norm"] = "by finite differences of gradients: an operation has no second derivative"
+        return "finite_difference"
+    return "double_backward"
 
 
 def _gradient_change(

@@ -381,6 +381,29 @@ def test_mistakes(folder, capsys, arguments, code, message):
     assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["damaged.ckpt", "empty.ckpt"]
 
 
+def test_images_that_cannot_be_used(folder, capsys):
+    from PIL import Image
+
+    for name in ("cats", "dogs"):
+        Path("train", name).mkdir(parents=True)
+        Image.effect_noise((64, 64), 50).save(f"train/{name}/0.png")
+    fit = [
+        "fit",
+        "--model=LitClassifier",
+        "--model.network_args.width=2",
+        "--data=ImageFolder",
+        "--data.folder=.",
+        *QUIET,
+    ]
+    Path("test/cats").mkdir(parents=True)
+    Image.effect_noise((64, 64), 50).save("test/cats/0.png")
+    assert "test/dogs holds no images" in fails(capsys, fit)
+    broken = Path("train/dogs/0.png")
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert "train/dogs/0.png cannot be decoded as an image" in fails(capsys, fit)
+    assert not list(folder.glob("outputs/**/*.ckpt"))
+
+
 def test_data_of_evaluate(runs, folder, capsys):
     file = str(runs / "low/checkpoints/last.ckpt")
     assert "say on which images with --data" in fails(capsys, ["evaluate", file])

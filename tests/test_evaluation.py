@@ -94,6 +94,40 @@ def test_relu_network_keeps_its_own_gradient_and_lends_a_smooth_hessian():
     json.dumps(record, allow_nan=False)
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """tanh whose gradient torch cannot differentiate, as in fused attention kernels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y**2)
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return OnceDifferentiable.apply(x)
+
+
+def test_operation_without_second_derivative():
+    images, labels = digits()
+    network = smooth_network(Tanh())
+    exact = smooth_network(nn.Tanh())
+    exact.load_state_dict(network.state_dict())
+    options = {"attack_radii": [], "bound": None}
+    record, expected = (evaluate(net, images, labels, **options) for net in (network, exact))
+    # central differences in float64
+    assert record["hessian_norm"]["margin"] == pytest.approx(expected["hessian_norm"]["margin"], rel=1e-5)
+    assert "by finite differences" in record["notes"]["hessian_norm"]
+    assert expected["notes"] == {}
+
+
 def test_kinks_of_max_pooling_are_smoothed_too():
     network = nn.Sequential(nn.Conv2d(1, 3, 3), CenteredSoftplus(5.0), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3))
     images, labels = digits()

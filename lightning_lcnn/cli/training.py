@@ -54,6 +54,7 @@ class TrainingCLI(LightningCLI):
             parser_class=TrainingParser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
+            trainer_defaults={"max_epochs": 30},  # Lightning's own default of 1000 would spread the one-cycle schedule
             seed_everything_default=0,
             parser_kwargs={name: {"description": EXAMPLES[name]} for name in self.subcommands()},
         )
