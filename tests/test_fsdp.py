@@ -30,7 +30,7 @@ from lightning_lcnn.layers import (
     lcnn_parameter_groups,
     update_spectral_norm,
 )
-from lightning_lcnn.penalties import MODES, CurvaturePenalty
+from lightning_lcnn.penalties import MODES, CurePenalty, CurvaturePenalty, GradientNormPenalty
 from tests.lightning_helpers import examples
 
 STEPS = 6
@@ -134,6 +134,34 @@ def run_training(rank: int, reshard: bool | None, folder: Path) -> dict[str, Any
     return result
 
 
+def run_penalties(rank: int) -> dict[str, Any]:
+    """Collectives of a step without and with a penalty, which has seen the network before it was sharded; refusals."""
+    x, y = examples(6)
+    result: dict[str, Any] = {}
+    for reshard in (False, True):
+        net, penalty = without_batch_norm(network()), CurvaturePenalty(weight=0.3)
+        penalty(net)
+        shard(net, reshard)
+        counts = []
+        for penalties in ([], [penalty]):
+            for _ in range(2):  # the first step of FSDP2 sets up more than it does later
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    loss = F.cross_entropy(net(x), y)
+                    sum((p(net) for p in penalties), loss).backward()
+                net.zero_grad()
+            counts.append(sum(event.name.startswith("c10d::") for event in profile.events()))
+        result[f"collectives {reshard}"] = counts
+    for name, penalty in DATA_PENALTIES.items():
+        try:
+            penalty(net, x, y)
+        except ValueError as error:
+            result[name] = str(error)
+    return result
+
+
+DATA_PENALTIES = {"gradient norm": GradientNormPenalty(weight=0.5), "cure": CurePenalty(weight=0.5)}
+
+
 def run_meta(rank: int) -> dict[str, Any]:
     """Made without data, then in shards; the weights are drawn there."""
     torch.manual_seed(5)
@@ -166,7 +194,7 @@ def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     result = {str(reshard): run_training(rank, reshard, folder) for reshard in (None, True)}
-    result |= {"meta": run_meta(rank), "mixed": run_mixed_precision()}
+    result |= {"meta": run_meta(rank), "mixed": run_mixed_precision(), "penalties": run_penalties(rank)}
     torch.save(result, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -240,6 +268,21 @@ def test_network_made_on_the_meta_device_starts_as_it_was_told(results) -> None:
         assert rank["gammas"] == pytest.approx([0.5, 0.4, 2.0])
     weight = results[1][0]["meta"]["state"]["6.weight"]
     assert rank["sigma"] == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-3)
+
+
+def test_penalty_adds_no_collective_where_weights_stay_whole_until_backward(results) -> None:
+    for rank in (rank["penalties"] for rank in results[1]):
+        without, penalised = rank["collectives False"]
+        assert without == penalised > 0
+        without, penalised = rank["collectives True"]
+        # one for each of two numbers β and one β per channel, γ of the linear layer, the PReLU and the output layer
+        assert penalised == without + 6
+
+
+def test_penalties_on_input_gradients_refuse_shards(results) -> None:
+    for name in DATA_PENALTIES:
+        assert "sharded (FSDP2)" in results[1][0]["penalties"][name]
+        assert "strategy='ddp'" in results[1][0]["penalties"][name]
 
 
 def test_mixed_precision(results) -> None:

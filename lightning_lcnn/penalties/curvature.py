@@ -114,12 +114,12 @@ class GraphCache:
     """
 
     def __init__(self) -> None:
-        self._modules: tuple[int, ...] = ()
+        self._modules: tuple[tuple[int, type], ...] = ()
         self._graph: CurvatureGraph | None = None
 
     def graph(self, network: nn.Module) -> CurvatureGraph:
         """Graph of ``network``; raises ``ValueError`` where it cannot be traced."""
-        modules = tuple(map(id, network.modules()))
+        modules = tuple((id(module), type(module)) for module in network.modules())  # fully_shard changes the class
         if self._graph is None or modules != self._modules:
             self._graph, self._modules = trace(network), modules
         return self._graph

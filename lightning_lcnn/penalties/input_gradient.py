@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional._extra_pass import ExtraPasses
 from lightning_lcnn.functional._graph_nodes import graph_nodes, is_once_differentiable
+from lightning_lcnn.functional._sharded import is_sharded
 from lightning_lcnn.functional.input_function import Adapter, logits_of
 from lightning_lcnn.functional.outputs import Output, logit_margin, resolve_output, runner_up, target_logit
 from lightning_lcnn.penalties.base import Penalty, Schedule
@@ -58,7 +59,9 @@ class InputGradientPenalty(Penalty):
                 "`x` must require a gradient and `logits` be computed from it: x = x.requires_grad_() before "
                 "logits = model(x). Or leave `logits` away."
             )
-        passes = ExtraPasses(network_of(model, compiled=True))
+        network = network_of(model, compiled=True)
+        _refuse_shards(network)
+        passes = ExtraPasses(network)
         with torch.enable_grad():
             value = self._value(self._function(passes, target), x, logits)
             if passes.drew and logits is not None:  # dropout: a pass of our own cannot know the masks of the logits
@@ -148,6 +151,15 @@ def _refuse_once_differentiable(network: Any, values: Tensor, point: Tensor) -> 
 
 
 check_twice_differentiable = OncePerNetwork(_refuse_once_differentiable)
+
+
+def _refuse_shards(network: Any) -> None:
+    """Refuse what FSDP2 manages: a graph that is kept refers to weights that are freed, and torch crashes."""
+    if isinstance(network, nn.Module) and is_sharded(network):
+        raise ValueError(
+            f"the weights of {type(network).__name__} are sharded (FSDP2) and gone by the time a kept graph is "
+            "differentiated: penalties on input gradients need strategy='ddp'. CurvaturePenalty works in shards."
+        )
 
 
 def _check_batch(inputs: tuple[Any, ...], named_output: bool) -> tuple[Tensor, Tensor]:
