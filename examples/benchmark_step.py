@@ -2,9 +2,9 @@
 
     python examples/benchmark_step.py [--size WIDTH:BATCH ...] [--compile] [--device cuda --bf16] ...
 
-Compares ResNet-18 with ReLU with its low-curvature form, with torch's own spectral normalisation on every convolution,
-and with deel-torchlip's convolutions where that package is installed. Prints a Markdown table; ratios are medians over
-the rounds of the ratio to the plain network in the same round.
+Compares ResNet-18 with ReLU with its low-curvature form, both also with a penalty on the input gradients, with torch's
+own spectral normalisation on every convolution, and with deel-torchlip's convolutions where that is installed.
+Prints a Markdown table; ratios are medians over the rounds of the ratio to the plain network in the same round.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_lcnn import lcnn_parameter_groups
 from lightning_lcnn.layers import update_spectral_norm
 from lightning_lcnn.models import resnet18
-from lightning_lcnn.penalties import CurvaturePenalty
+from lightning_lcnn.penalties import CurvaturePenalty, GradientNormPenalty, Penalty
 
 PLAIN = "ReLU"
 
@@ -59,20 +59,21 @@ def cross_entropy(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 class PenalisedLoss:
-    """Cross-entropy, the curvature penalty and optionally the squared norm of the input gradients."""
+    """Cross-entropy with penalties; those on the input gradient differentiate the pass of the cross-entropy."""
 
-    def __init__(self, network: nn.Module, gradient_weight: float = 0.0) -> None:
-        self.network, self.gradient_weight = network, gradient_weight  # uncompiled: the penalty reads its layers
-        self.penalty = CurvaturePenalty(weight=1e-2)
+    def __init__(self, network: nn.Module, *penalties: Penalty) -> None:
+        self.network, self.penalties = network, penalties  # uncompiled: the curvature penalty reads its layers
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of one batch."""
-        images = images.detach().requires_grad_(self.gradient_weight > 0)
-        losses = F.cross_entropy(network(images), labels, reduction="none")
-        total = losses.mean() + self.penalty(self.network)
-        if self.gradient_weight:
-            (gradient,) = torch.autograd.grad(losses.sum(), images, create_graph=True)
-            total = total + self.gradient_weight * gradient.square().sum() / len(images)
+        images = images.detach().requires_grad_(any(penalty.uses_logits for penalty in self.penalties))
+        logits = network(images)
+        total = F.cross_entropy(logits, labels)
+        for penalty in self.penalties:
+            if penalty.uses_logits:
+                total = total + penalty(network, images, labels, logits=logits)
+            else:
+                total = total + penalty(self.network)
         return total
 
 
@@ -114,12 +115,17 @@ def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Vari
         result = Variant(called, optimizer, loss or cross_entropy, images, labels, options.bf16, maintained)
         return result
 
-    network = resnet18(10, width, low_curvature=True)
-    variants = {PLAIN: variant(resnet18(10, width))}
-    variants["low curvature"] = variant(network, PenalisedLoss(network), True)
-    if not options.compile:  # torch.compile has no double backward
+    def low_curvature(*penalties: Penalty) -> Variant:
         network = resnet18(10, width, low_curvature=True)
-        variants["low curvature, gradient norm"] = variant(network, PenalisedLoss(network, 1e-3), True)
+        return variant(network, PenalisedLoss(network, CurvaturePenalty(1e-2), *penalties), True)
+
+    variants = {PLAIN: variant(resnet18(10, width)), "low curvature": low_curvature()}
+    if not options.compile:  # torch.compile has no double backward
+        network = resnet18(10, width)
+        variants["ReLU, gradient norm"] = variant(network, PenalisedLoss(network, GradientNormPenalty(1e-3)))
+        variants["low curvature, gradient norm"] = low_curvature(GradientNormPenalty(1e-3))
+    difference = GradientNormPenalty(1e-3, mode="finite_difference")
+    variants["low curvature, gradient norm by difference"] = low_curvature(difference)
     variants["torch spectral_norm"] = variant(normalised_by_torch(resnet18(10, width)))
     if importlib.util.find_spec("deel") and not options.compile:
         variants["deel-torchlip"] = variant(normalised_by_torchlip(resnet18(10, width)))
