@@ -48,7 +48,7 @@ html_title = f"lightning-lcnn {version}"
 html_copy_source = False
 html_show_sphinx = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 
 
 def add_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
