@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn.functional._eager import stored
+
 _LOG2 = math.log(2.0)
 # (2^f - 1) / f for |f| <= 1/2, 1e-7 of 2^f
 _EXP2 = (0.693146980, 0.240222424, 0.0555073366, 0.00967150669, 0.00132646580)
@@ -27,17 +29,12 @@ _SQRT_HALF_BITS = 0x3F3504F3  # of float32
 _MANTISSA_BITS = 0x7FFFFF
 
 
-def scalars(beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """β, -β / log 2 and 1 / β, each of shape (1,), which the other functions take."""
-    beta = beta.detach().reshape(1)
-    return beta, beta * (-1.0 / _LOG2), 1.0 / beta
-
-
-def value(x: Tensor, beta: Tensor, rate: Tensor, inverse: Tensor) -> Tensor:
+def value(x: Tensor, beta: Tensor) -> Tensor:
     """s(x; β), accurate relative to its size: x/2 + log cosh(z/2)/β for |z| < 1, else max(x, 0) + (log(1+u) - log 2)/β.
 
-    Here z = βx and u = exp(-|z|).
+    Here z = βx and u = exp(-|z|). β is one number, of any shape; no graph is built for it.
     """
+    beta, rate, inverse = _scalars(beta)
     z = x * beta
     square = z * z
     u = _exp2(x.abs() * rate)
@@ -46,22 +43,29 @@ def value(x: Tensor, beta: Tensor, rate: Tensor, inverse: Tensor) -> Tensor:
     return torch.where(square < 1.0, near, far)
 
 
-def gradients(grad: Tensor, output: Tensor, beta: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the input and β² times the gradient of one β, from the output s.
+def gradients(grad: Tensor, output: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of β, the latter of shape (1,), from the output s.
 
     With v = βs and h = exp(-v) / 2: σ = 1 - h and β² ∂s/∂β = σ log 2σ - h v.
     """
+    beta, rate, inverse = _scalars(beta)
     v = output * beta
     h = _exp2(output * rate - 1.0)
     sigma = 1.0 - h
     far = sigma * _log_twice(torch.clamp_min(sigma, 1e-30)) - h * v
     of_beta = torch.where(v.abs() < 0.1, v * v * _polynomial(_OF_BETA, v), far)
-    return grad * sigma, (grad * of_beta).sum()
+    return grad * sigma, (grad * of_beta).sum() * inverse * inverse
 
 
-def slope(grad: Tensor, output: Tensor, rate: Tensor) -> Tensor:
+def input_gradient(grad: Tensor, output: Tensor, beta: Tensor) -> Tensor:
     """Gradient of the input alone."""
-    return grad * (1.0 - _exp2(output * rate - 1.0))
+    return grad * (1.0 - _exp2(output * _scalars(beta)[1] - 1.0))
+
+
+def _scalars(beta: Tensor) -> list[Tensor]:
+    """β, -β / log 2 and 1 / β."""
+    beta = beta.detach().reshape(1)
+    return [stored(scalar) for scalar in (beta, beta * (-1.0 / _LOG2), 1.0 / beta)]
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Any:

@@ -41,7 +41,7 @@ def use_compiled_softplus(enabled: bool = True) -> None:
     if not enabled:
         return
     try:
-        _kernels.update({f.__name__: _compile(f) for f in (write_value, formulas.gradients, formulas.slope)})
+        _kernels.update({f.__name__: _compile(f) for f in (write_value, formulas.gradients, formulas.input_gradient)})
         for size in (64, 96):
             x, beta = torch.zeros(size), torch.ones(1)
             value(x, beta)
@@ -75,22 +75,21 @@ def fits(*tensors: Tensor) -> bool:
 
 def value(x: Tensor, beta: Tensor) -> None:
     """Overwrite x with s(x; β)."""
-    _kernels["write_value"](_line(x), *formulas.scalars(beta))
+    _kernels["write_value"](_line(x), beta.detach().view(1))
 
 
 def gradients(grad: Tensor, output: Tensor, beta: Tensor, of_beta: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input and, if asked for, of β."""
-    number, rate, inverse = formulas.scalars(beta)
-    lines = _line(grad), _line(output)
+    lines = _line(grad), _line(output), beta.detach().view(1)
     if not of_beta:
-        return _kernels["slope"](*lines, rate).as_strided(grad.shape, grad.stride()), None
-    grad_x, total = _kernels["gradients"](*lines, number, rate)
-    return grad_x.as_strided(grad.shape, grad.stride()), (total * inverse.square()).view(beta.shape)
+        return _kernels["input_gradient"](*lines).as_strided(grad.shape, grad.stride()), None
+    grad_x, grad_beta = _kernels["gradients"](*lines)
+    return grad_x.as_strided(grad.shape, grad.stride()), grad_beta.view(beta.shape)
 
 
-def write_value(x: Tensor, beta: Tensor, rate: Tensor, inverse: Tensor) -> None:
+def write_value(x: Tensor, beta: Tensor) -> None:
     """Compiled as a whole, so that nothing but x is written."""
-    x.copy_(formulas.value(x, beta, rate, inverse))
+    x.copy_(formulas.value(x, beta))
 
 
 def is_dense(a: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional import _softplus_kernels as formulas
 from lightning_lcnn.functional import compiled_softplus as compiled
-from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, stored
+from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu
 
 # From this β on the in-place form errs by at most 1e-7 / β in the value.
 _MIN_IN_PLACE_BETA = 1.0
@@ -184,16 +184,15 @@ class _TracedFromOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        value = formulas.value(x, *[stored(scalar) for scalar in formulas.scalars(beta)])
+        value = formulas.value(x, beta)
         ctx.save_for_backward(value, beta)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         value, beta = ctx.saved_tensors
-        number, rate, inverse = [stored(scalar) for scalar in formulas.scalars(beta)]
-        grad_x, total = formulas.gradients(grad, value, number, rate)
-        return grad_x, (total * inverse.square()).view(beta.shape)
+        grad_x, grad_beta = formulas.gradients(grad, value, beta)
+        return grad_x, grad_beta.view(beta.shape)
 
 
 class _TracedCenteredSoftplus(torch.autograd.Function):
