@@ -21,6 +21,7 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 COMMAND = re.compile(r"python (examples/\w+\.py)((?: +[^\s`|;)]+| *\\\n)*)")
 SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"^lightning-lcnn ([\w-]+)((?:[^\n\\]|\\\n)*)", re.MULTILINE)
+EXTRAS = re.compile(r"""pip install (?:-e )?["']?\.\[([\w,]+)\]""")
 CONFIG = re.compile(r"examples/configs/\w+\.yaml")
 TOCTREE = re.compile(r"^```{toctree}\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OBJECT = re.compile(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", re.MULTILINE)
@@ -44,6 +45,13 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_relative_links_and_pictures_exist(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_extras_exist() -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for page in PAGES:
+        for names in EXTRAS.findall(page.read_text()):
+            assert set(names.split(",")) <= set(extras), f"{page.name} installs {names}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
