@@ -141,6 +141,8 @@ def test_gradient_grid_shows_both_gradients_on_one_scale_with_their_change():
     assert grid[5].get_array()[0, 0] == 1.5
     assert grid[3].get_clim() == grid[5].get_clim()
     assert [axes.get_xlabel() for axes in figure.axes[4:6]] == ["0 %", "50 %"]
+    with_noise = plots.gradient_grid(torch.zeros(2, 3, 4, 4), {"a": (clean, None)}, torch.ones(2, 3, 4, 4))
+    assert [axes.images[0].get_array().max() for axes in with_noise.axes] == [0, 0, 1, 1, 3, 3]
     with pytest.raises(ValueError, match="must have one shape"):
         plots.gradient_grid(torch.rand(2, 3, 4, 4), {"a": (clean[:1], None)})
 

@@ -69,7 +69,9 @@ def curvature_histograms(records: Sequence[Record]) -> Figure:
 
 
 @styled
-def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor | None]]) -> Figure:
+def gradient_grid(
+    images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor | None]], noisy_images: Tensor | None = None
+) -> Figure:
     """Input gradients of the same images for each network, with and without noise.
 
     Channels are added. Red is positive, blue negative; the scale of each picture is that of the gradient without noise,
@@ -78,6 +80,7 @@ def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor |
     Args:
         images: (N, C, H, W) in [0, 1], shown in the first row.
         gradients: By name of the network, the gradients (N, C, H, W) without and with noise; None for no second row.
+        noisy_images: (N, C, H, W), shown in the second row.
 
     Returns:
         A matplotlib Figure with one column per image.
@@ -95,7 +98,7 @@ def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor |
         >>> len(gradient_grid(x, {"standard": (x, x + 0.1)}).axes)
         6
     """
-    maps = [tensor for pair in gradients.values() for tensor in pair if tensor is not None]
+    maps = [tensor for pair in (*gradients.values(), (noisy_images,)) for tensor in pair if tensor is not None]
     if images.ndim != 4 or len(images) == 0 or any(tensor.shape != images.shape for tensor in maps):
         shapes = sorted({tuple(tensor.shape) for tensor in maps})
         raise ValueError(
@@ -104,8 +107,11 @@ def gradient_grid(images: Tensor, gradients: Mapping[str, tuple[Tensor, Tensor |
     side = min(0.95, 8 / len(images))
     figure = new_figure(side * (1 + len(maps)) + 0.16 * len(gradients) + 0.1, width=_LABEL + side * len(images))
     grid = figure.subplots(1 + len(maps), len(images), squeeze=False)
-    _row(grid[0], "image", [_picture(_shrunk(image)) for image in images], cmap="gray", vmin=0, vmax=1)
-    row = 1
+    row = 0
+    for label, pictures in (("image", images), ("with noise", noisy_images)):
+        if pictures is not None:
+            _row(grid[row], label, [_picture(_shrunk(image)) for image in pictures], cmap="gray", vmin=0, vmax=1)
+            row += 1
     for name, (clean, noisy) in gradients.items():
         limits = [_limit(gradient) for gradient in clean]
         _maps(grid[row], _wrapped(name), clean, limits)
@@ -154,4 +160,4 @@ def _limit(gradient: Tensor) -> float:
 
 
 def _wrapped(name: str, width: int = 18) -> str:
-    return textwrap.fill(name, width)
+    return "\n".join(textwrap.fill(line, width) for line in name.splitlines())

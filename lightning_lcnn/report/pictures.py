@@ -31,17 +31,17 @@ def input_gradients(runs: Sequence[Run], images: Tensor, labels: Tensor, radius:
     count = min(_MOST_IMAGES, max(2, _MOST_PICTURES // (1 + 2 * len(networks))))
     rows = one_of_each_class(labels, count)
     shown = images[rows].float() / (255 if images.dtype == torch.uint8 else 1)
-    gradients, notes = {}, []
+    gradients, notes, noise = {}, [], torch.zeros(())
     for name, network in networks.items():
         try:
-            gradients[name] = _gradients(network, shown, labels[rows], radius)
+            gradients[name], noise = _gradients(network, shown, labels[rows], radius)
         except (ValueError, TypeError, RuntimeError) as error:
             notes.append(tag("p", f"{name}: no input gradients: {str(error).splitlines()[0]}", class_="soft"))
     if not gradients:
         return join(notes) or None
     words = _WORDS.format(radius=radius)
     alt = f"Input gradients of {count} images. {words} Mean changes: {'; '.join(_changes(gradients))}."
-    figure = figure_html(gradient_grid(shown, gradients), "gradients", alt, words)
+    figure = figure_html(gradient_grid(shown, gradients, shown + noise), "gradients", alt, words)
     return join([tag("div", figure, class_="wide"), *notes])
 
 
@@ -60,10 +60,13 @@ def one_of_each_class(labels: Tensor, count: int) -> list[int]:
     return [row for _, _, row in sorted(ranked)[:count]]
 
 
-def _gradients(network: nn.Module, images: Tensor, labels: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+def _gradients(
+    network: nn.Module, images: Tensor, labels: Tensor, radius: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Gradients without and with noise, and the noise."""
     like = next((p for p in network.parameters() if p.is_floating_point()), images)
     result = saliency_under_noise(network, images.to(like), labels.to(like.device), radius)
-    return result.clean.float().cpu(), result.noisy.float().cpu()
+    return (result.clean.float().cpu(), result.noisy.float().cpu()), result.noise.float().cpu()
 
 
 def _changes(gradients: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
