@@ -92,7 +92,9 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     for page in SOURCES:
         for body in TOCTREE.findall(page.read_text()):
             listed |= {page.parent / line for line in body.split("\n") if line and not line.startswith(":")}
-    assert {page.with_suffix("") for page in SOURCES} == listed
+    pages = {page.with_suffix("") for page in SOURCES}
+    assert pages - listed == set(), "add these pages to a toctree of docs/index.md"
+    assert listed - pages == set(), "these pages do not exist"
 
 
 def documented_modules() -> list[ModuleType]:
