@@ -13,10 +13,6 @@ from torch import nn
 
 matplotlib.use("Agg")
 EXAMPLES = Path(__file__).parent.parent / "examples"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:.*backward hooks:UserWarning"),  # of Captum, about its own hooks
-]
 
 
 @pytest.fixture

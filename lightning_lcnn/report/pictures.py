@@ -14,6 +14,8 @@ from lightning_lcnn.report.markup import Html, join, tag
 from lightning_lcnn.report.numbers import percent
 from lightning_lcnn.report.runs import Run
 
+Pair = tuple[Tensor, Tensor]
+
 _MOST_IMAGES = 8
 _MOST_PICTURES = 80  # keeps the page small
 _WORDS = (
@@ -60,16 +62,14 @@ def one_of_each_class(labels: Tensor, count: int) -> list[int]:
     return [row for _, _, row in sorted(ranked)[:count]]
 
 
-def _gradients(
-    network: nn.Module, images: Tensor, labels: Tensor, radius: float
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _gradients(network: nn.Module, images: Tensor, labels: Tensor, radius: float) -> tuple[Pair, Tensor]:
     """Gradients without and with noise, and the noise."""
     like = next((p for p in network.parameters() if p.is_floating_point()), images)
     result = saliency_under_noise(network, images.to(like), labels.to(like.device), radius)
     return (result.clean.float().cpu(), result.noisy.float().cpu()), result.noise.float().cpu()
 
 
-def _changes(gradients: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
+def _changes(gradients: dict[str, Pair]) -> list[str]:
     return [
         f"{name} {percent(((noisy - clean).flatten(1).norm(dim=1) / clean.flatten(1).norm(dim=1)).mean().item())}"
         for name, (clean, noisy) in gradients.items()
