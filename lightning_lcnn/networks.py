@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn import models
 from lightning_lcnn._checks import import_extra
 from lightning_lcnn.conversion import to_low_curvature
+from lightning_lcnn.models import resnet18, resnet34, vgg11
 
-OWN = ("resnet18", "resnet34", "vgg11")
+OWN: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "resnet34": resnet34, "vgg11": vgg11}
 LIBRARIES = {"torchvision": "vision", "timm": "timm"}  # with the extra that brings each
 
 Shape = tuple[int, int, int]
@@ -145,7 +145,7 @@ def _own(
     gamma: float | None,
     max_pool: str,
 ) -> nn.Module:
-    make = getattr(models, name)
+    make = OWN[name]
     if "pooling" in inspect.signature(make).parameters:
         arguments.setdefault("pooling", "max" if max_pool == "keep" else max_pool)
     options = {"beta": beta, "gamma": 10.0 if gamma is None else gamma, "in_channels": shape[0]}
@@ -159,7 +159,7 @@ def _standard(name: str, num_classes: int, shape: Shape, arguments: dict[str, An
     if pretrained:
         raise ValueError(f"`pretrained` needs a network of torchvision or timm, got {name!r}.")
     if name in OWN:
-        return getattr(models, name)(num_classes, in_channels=shape[0], input_size=tuple(shape[1:]), **arguments)
+        return OWN[name](num_classes, in_channels=shape[0], input_size=tuple(shape[1:]), **arguments)
     if "/" in name or "." not in name:
         raise ValueError(unknown_name(name))
     network = _imported(name)(**arguments)

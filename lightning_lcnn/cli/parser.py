@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lcnn import data  # noqa: F401  (its classes can then be named without their module)
+import lightning_lcnn.data  # noqa: F401  (its classes can then be named without their module)
 from lightning_lcnn.classifier import LitClassifier  # noqa: F401
 
 EXAMPLES = {
