@@ -1,4 +1,4 @@
-"""Checkpoints of two processes go on in one, and of one in two: replicated (DDP) and in shards (FSDP2)."""
+"""Checkpoints of two processes go on in one, and of one in two that torchrun starts: with DDP and in shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from tests.ddp_worker import Synchronised, watched
 from tests.lightning_helpers import FILTERS, loader, trainer
-from tests.test_distributed import assert_close, differing, load, run_worker
+from tests.test_distributed import TORCHRUN, assert_close, differing, load, run_worker
 
 pytestmark = FILTERS
 
@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the worker wrote, which began with one process's checkpoint and left some of its own."""
     folder = tmp_path_factory.mktemp("resume")
     fit(max_epochs=1)[0].save_checkpoint(folder / "one.ckpt")
-    return run_worker(folder, "ddp", "lightning.pytorch", "resume", "model_parallel")
+    return run_worker(folder, "ddp", "lightning.pytorch", "resume", "model_parallel", launcher=TORCHRUN)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,14 @@ ROOT = Path(__file__).parent.parent
 pytestmark = FILTERS
 
 
-def run_worker(folder: Path, strategy: str, package: str, *scenarios: str) -> Path:
-    """Run the worker script; Lightning starts the second process."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run_worker(folder: Path, strategy: str, package: str, *scenarios: str, launcher: tuple[str, ...] = ()) -> Path:
+    """Run the worker script; Lightning starts the second process, or the launcher both."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LCNN_TEST_PACKAGE": package}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "ddp_worker.py"), strategy, str(folder), *scenarios]
+    script = str(ROOT / "tests" / "ddp_worker.py")
+    command = [sys.executable, "-W", "ignore", *launcher, script, strategy, str(folder), *scenarios]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
