@@ -32,7 +32,7 @@ def low(package: str = "lightning.pytorch", mixin: bool = True) -> Any:
             self.log("val_loss", self.loss(batch))
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(lcnn_parameter_groups(self), lr=0.05)
+            return torch.optim.Adam(lcnn_parameter_groups(self), lr=0.01)
 
     return Low()
 

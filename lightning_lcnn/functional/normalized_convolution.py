@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 import weakref
 from typing import Any
 
@@ -49,8 +49,8 @@ def normalized_convolution(
 
     .. math:: y = \frac{γ}{σ} \, W * x + b
 
-    The smaller of weight and output is multiplied by γ/σ, in backward too; G is a constant. Where σ is 0 it counts as
-    1; see :func:`positive_norm`.
+    The smaller of weight and output is multiplied by γ/σ, in backward too; G is a constant. Where σ is not positive
+    it counts as 1; see :func:`positive_norm`.
 
     Args:
         x: Batch (B, C_in, *size).
@@ -126,16 +126,20 @@ def _scale(weight: Tensor, log_gamma: Tensor | None, gradient: Tensor) -> tuple[
 
 
 def positive_norm(sigma: Tensor) -> Tensor:
-    """σ as a divisor: 1 where it is 0, as for a zero weight.
+    """σ as a divisor: 1 where it is not positive, as for a zero weight.
 
-    A negative σ says that W was changed and G was not: an error on the CPU, elsewhere NaN, which waits for nothing.
+    Below zero W has moved far from where G was computed, by large steps or from outside. On the CPU that warns; elsewhere
+    it would have to wait for the device, and the residual that :class:`~lightning_lcnn.PowerIteration` logs tells.
     """
     if on_plain_cpu(sigma) and not needs_composite() and not torch.jit.is_tracing() and sigma < 0:
-        raise RuntimeError(
-            f"a spectral layer has the stale norm ⟨W, G⟩ = {float(sigma.detach()):.3g} < 0: its weight was changed "
-            "from outside. Call `reset_spectral_norm` of the layer or lightning_lcnn.layers.reset_spectral_norm(model)."
+        warnings.warn(
+            f"a spectral layer has the stale norm ⟨W, G⟩ = {float(sigma.detach()):.3g} < 0 and uses its raw weight: "
+            "its weight changed too much since the last refresh. Use PowerIteration(every_n_steps=1) or a smaller "
+            "learning rate, and call lightning_lcnn.layers.reset_spectral_norm(model) after changing weights.",
+            UserWarning,
+            stacklevel=2,
         )
-    return torch.where(sigma > 0, sigma, torch.where(sigma < 0, math.nan, 1.0))
+    return torch.where(sigma > 0, sigma, 1.0)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class SpectralLayer(nn.Module):
         return inner_product(self._accurate_weight(), gradient)
 
     def normalized_weight(self) -> Tensor:
-        """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is 0 (a zero weight)."""
+        """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive."""
         scale = self.slope() / positive_norm(self.sigma())
         return (self._accurate_weight() * scale).to(self.weight.dtype)
 
