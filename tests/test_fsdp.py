@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from lightning_lcnn import fold, to_low_curvature
 from lightning_lcnn.bounds import network_bound, trace
 from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
-from lightning_lcnn.functional import operator_norm_bound
+from lightning_lcnn.functional import operator_norm_bound, projected_gradient_attack
+from lightning_lcnn.functional._sharded import whole
+from lightning_lcnn.functional._state import measuring
 from lightning_lcnn.layers import (
     CenteredSoftplus,
     LipschitzBatchNorm2d,
@@ -152,11 +156,30 @@ def run_penalties(rank: int) -> dict[str, Any]:
             counts.append(sum(event.name.startswith("c10d::") for event in profile.events()))
         result[f"collectives {reshard}"] = counts
     for name, penalty in DATA_PENALTIES.items():
-        try:
-            penalty(net, x, y)
-        except ValueError as error:
-            result[name] = str(error)
+        result[name] = refusal(lambda penalty=penalty: penalty(net, x, y))
+    result["convert"] = refusal(lambda: to_low_curvature(net, x))
+    result["fold"] = refusal(lambda: fold(net))
     return result
+
+
+def adversarial_step(net: nn.Module) -> tuple[Tensor, Tensor]:
+    """An attack as AdversarialTraining makes it between two steps, and the gradient of its last layer on the result."""
+    x, y = examples(6)
+    F.cross_entropy(net(x), y).backward()
+    net.zero_grad()
+    with measuring(net, x, seed=0):
+        net.eval()
+        attacked = projected_gradient_attack(net, x, y, 0.3, num_steps=3, bounds=None)
+    F.cross_entropy(net(attacked), y).backward()
+    return attacked, whole(net[8].weight.grad)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 DATA_PENALTIES = {"gradient norm": GradientNormPenalty(weight=0.5), "cure": CurePenalty(weight=0.5)}
@@ -195,6 +218,7 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     result = {str(reshard): run_training(rank, reshard, folder) for reshard in (None, True)}
     result |= {"meta": run_meta(rank), "mixed": run_mixed_precision(), "penalties": run_penalties(rank)}
+    result["attack"] = adversarial_step(shard(without_batch_norm(network()), True))
     torch.save(result, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -283,6 +307,19 @@ def test_penalties_on_input_gradients_refuse_shards(results) -> None:
     for name in DATA_PENALTIES:
         assert "sharded (FSDP2)" in results[1][0]["penalties"][name]
         assert "strategy='ddp'" in results[1][0]["penalties"][name]
+
+
+def test_adversarial_examples_are_those_of_one_process(results) -> None:
+    x, _ = examples(6)
+    attacked, gradient = adversarial_step(without_batch_norm(network()))
+    assert (attacked - x).abs().max() > 0.05
+    for rank in results[1]:
+        torch.testing.assert_close(rank["attack"], (attacked, gradient))
+
+
+@pytest.mark.parametrize("name", ["convert", "fold"])
+def test_conversion_refuses_shards(results, name: str) -> None:
+    assert "convert before `fully_shard`" in results[1][0]["penalties"][name]
 
 
 def test_mixed_precision(results) -> None:

@@ -21,7 +21,8 @@ def check_strategy(strategy: Any) -> None:
     if sharding is not None:
         raise ValueError(
             f"`strategy` {type(strategy).__name__} ({sharding}) splits and flattens the weights, of which spectral "
-            "norms, slopes and penalties need the whole. Use strategy='ddp', or DeepSpeed stage 1 or 2."
+            "norms, slopes and penalties need the whole. Use strategy='ddp', FSDP2 (ModelParallelStrategy), or "
+            "DeepSpeed stage 1 or 2."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice, check_positive
+from lightning_lcnn.functional._sharded import is_sharded
 
 POOLINGS = ("keep", "smooth", "average")
 # reasons that the caller knows of
@@ -65,6 +66,11 @@ def check_model(model: nn.Module) -> None:
     """Raise unless it is a module that can be copied and edited."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
+    if is_sharded(model):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) is sharded by FSDP2 and cannot be copied; convert before "
+            "`fully_shard`, or load its full state dict into an ordinary network."
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise ValueError(f"`model` is compiled or scripted at {name!r}; convert it first and compile the result.")
