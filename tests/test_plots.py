@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 
-import matplotlib
+import matplotlib.colors
 import pytest
 import torch
 
@@ -95,8 +95,11 @@ def test_layer_bars_start_at_one_and_uses_of_one_layer_are_two_bars():
 def test_an_infinite_bound_has_no_shares():
     layers = [{"name": "relu", "kind": "ReLU", "slope": 1.0, "curvature": None, "share": 1.0}]
     axes = plots.layer_bars([record("a", layers=layers), record("b")], "share").axes
-    assert not axes[0].patches
-    assert "no finite bound" in axes[0].texts[0].get_text()
+    assert [ax.get_title("left") for ax in axes] == ["b"]
+    assert axes[0].patches[0].get_facecolor() == matplotlib.colors.to_rgba(COLOURS[1])
+    (nothing,) = plots.layer_bars([record("a", layers=layers)], "share").axes
+    assert not nothing.patches
+    assert nothing.texts[0].get_text() == "no finite bound"
 
 
 def test_values_over_layers_names_each_method_once():

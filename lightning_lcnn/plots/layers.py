@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTITIES = {"slope": "certified slope", "share": "share of the curvature bound (%)"}
-_LABELS = 30  # of layers on one axis; more would overlap
+_LABELS = 44  # of layers on one axis; more would overlap
+_TOLERANCE = 1e-3  # slopes this close to 1 are not drawn
 _LONGEST = 28  # letters of a layer's name
 
 
@@ -24,7 +25,7 @@ def layer_bars(records: Sequence[Record], quantity: str = "slope") -> Figure:
     """Certified slope of each layer, or its share of the network's curvature bound; one row of bars per method.
 
     Slopes are bars from 1 on a logarithmic axis: up amplifies, down contracts. Means over seeds. A method without
-    numbers keeps its row, with the reason.
+    numbers has no row: a network with ReLU or max pooling has no finite curvature bound to share.
 
     Args:
         records: Evaluation records as `evaluate` returns them; records of one name are seeds.
@@ -49,11 +50,12 @@ def layer_bars(records: Sequence[Record], quantity: str = "slope") -> Figure:
     """
     check_choice("quantity", quantity, QUANTITIES)
     methods = group_by_name(records)
-    values = {method.name: layer_values(method, quantity) for method in methods}
+    found = {method.name: layer_values(method, quantity) for method in methods}
+    style = looks(list(found))
+    values = {name: heights for name, heights in found.items() if heights} or found
     names = _union(values.values())
-    figure = new_figure(0.7 + 1.35 * len(methods) + 0.06 * _longest(names), width=7.2)
-    style = looks(list(values))
-    rows = figure.subplots(len(methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure = new_figure(0.7 + 1.35 * len(values) + 0.06 * _longest(names), width=7.2)
+    rows = figure.subplots(len(values), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (method, heights) in zip(rows, values.items(), strict=True):
         _bars(axes, names, heights, quantity, style[method]["color"])
         axes.set_title(method, loc="left")
@@ -65,9 +67,10 @@ def layer_bars(records: Sequence[Record], quantity: str = "slope") -> Figure:
 def layer_values(method: Method, quantity: str) -> dict[str, float]:
     """Mean over seeds of each layer's slope, or of its share in percent, in the order of the network.
 
-    A slope of 1 and a share of 0 are left out. Shares of an infinite bound say nothing and are left out, too.
+    Slopes of 1 and shares of 0 are left out. Shares of an infinite bound say nothing and are left out, too.
     """
     found: dict[str, list[float]] = {}
+    base, tolerance = (1, _TOLERANCE) if quantity == "slope" else (0, 0)
     for record in method.records:
         layers = record.get("layers") or []
         if quantity == "share" and any(layer.get("curvature") is None for layer in layers):
@@ -76,7 +79,7 @@ def layer_values(method: Method, quantity: str) -> dict[str, float]:
         for layer in layers:
             seen[layer["name"]] = use = seen.get(layer["name"], 0) + 1
             value = layer.get(quantity)
-            if is_number(value) and value != (1 if quantity == "slope" else 0):
+            if is_number(value) and abs(value - base) > tolerance:
                 name = layer["name"] if use == 1 else f"{layer['name']} ({use})"
                 found.setdefault(name, []).append(value if quantity == "slope" else 100 * value)
     return {name: statistics.fmean(values) for name, values in found.items()}
@@ -133,14 +136,13 @@ def _bars(axes: Axes, names: list[str], heights: Mapping[str, float], quantity: 
         plain_numbers(axes.yaxis)
         axes.axhline(1, color="#7f7f7f", linewidth=0.8)
     if not heights:
-        why = "no bound" if quantity == "slope" else "no finite bound (ReLU and max pooling have none)"
-        axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no finite bound", ha="center", va="center", transform=axes.transAxes)
     axes.grid(False, axis="x")
 
 
 def _name_layers(axes: Axes, names: list[str]) -> None:
     step = -(-len(names) // _LABELS) or 1
-    axes.set_xticks(range(0, len(names), step), [_short(name) for name in names[::step]], rotation=90)
+    axes.set_xticks(range(0, len(names), step), [_short(name) for name in names[::step]], rotation=90, fontsize=8)
     axes.set_xlabel("layer")
     axes.set_xlim(-0.7, max(len(names), 1) - 0.3)
 

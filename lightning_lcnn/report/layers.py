@@ -25,7 +25,10 @@ _BARS = {
         "Certified slope of each layer: bars go up from 1 where it amplifies and down where it contracts. Layers of "
         "slope 1 are left out."
     ),
-    "share": "What each non-linearity adds to the certified curvature bound of its network.",
+    "share": (
+        "What each non-linearity adds to the certified curvature bound of its network. Networks with ReLU or max "
+        "pooling have no finite bound and are left out."
+    ),
 }
 _BETA = "β of each activation, whose second derivative is at most β / 4. Lower is smoother."
 _GAMMA = "γ of each normalisation at the end of training; it limits the slope of its layer."

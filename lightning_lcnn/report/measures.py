@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightning_lcnn.plots.grouping import Method
 from lightning_lcnn.report.markup import Html, join, tag
-from lightning_lcnn.report.numbers import against, spread_text
+from lightning_lcnn.report.numbers import against, number, percent, spread_text
 
 HIGHER, LOWER, NEITHER = "higher is better", "lower is better", ""
 
@@ -46,8 +46,17 @@ class Measure:
             return []
         best = (max if self.better == HIGHER else min)(means, key=means.__getitem__)
         errors = {m.name: self._uncertainty(m) for m in methods}
-        near = [m for m in methods if m.name in means and abs(means[m.name] - means[best]) <= _joint(errors, m, best)]
+        near = [
+            m
+            for m in methods
+            if m.name in means and self._as_good(means[m.name], means[best], math.hypot(errors[m.name], errors[best]))
+        ]
         return near if len(near) < len(means) else []
+
+    def _as_good(self, value: float, best: float, error: float) -> bool:
+        """Whether two means differ by no more than the error of their difference, or than the digits that are shown."""
+        shown = percent if self.as_percent else number
+        return abs(value - best) <= error or shown(value) == shown(best)
 
     def _uncertainty(self, method: Method) -> float:
         """Standard deviation over seeds; of one seed the standard error of an accuracy, for anything else 0."""
@@ -58,11 +67,6 @@ class Measure:
         count = method.spread(images) if images else None
         share = min(1.0, max(0.0, spread.mean))
         return math.sqrt(share * (1 - share) / count.mean) if count and count.mean > 0 else 0.0
-
-
-def _joint(errors: dict[str, float], method: Method, best: str) -> float:
-    """Standard error of the difference of two independent numbers; 0 for the best itself."""
-    return 0.0 if method.name == best else math.hypot(errors[method.name], errors[best])
 
 
 def all_measures(methods: Sequence[Method]) -> list[Measure]:
