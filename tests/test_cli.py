@@ -346,7 +346,7 @@ def test_wrong_class_of_checkpoint(folder, users_module, runs, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["fit", "--model=LitClasifier"], 2, "names no LightningModule: did you mean LitClassifier?"),
+        (["fit", "--model=LitClasifier"], 2, "names no LightningModule: did you mean LitClassifier"),
         (["fit", "--model=no_module.Net"], 2, "--model no_module.Net names no LightningModule"),
         (["fit", "--model=LitClassifier", "--data=Digit"], 2, "names no LightningDataModule: did you mean Digits?"),
         (["fit", "--config=nowhere.yaml"], 2, "nowhere.yaml"),
