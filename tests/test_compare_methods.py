@@ -76,6 +76,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(script, run, monkeypatch, 
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:a spectral layer has the stale norm")
 def test_nan_ends_one_run_and_not_the_others(script, run, monkeypatch):
     monkeypatch.setitem(script.METHODS, "lcnn", replace(script.METHODS["lcnn"], defaults={"learning_rate": 1e30}))
     with pytest.warns(UserWarning, match="lcnn, seed 0: the loss became .* in epoch 0"):
