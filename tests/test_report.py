@@ -209,6 +209,14 @@ def test_stars_need_more_than_noise(tmp_path):
     assert not any("★" in cell for cell in page.row("curvature of the margin, mean")[1:])
 
 
+def test_unequal_numbers_of_images_are_pointed_out(tmp_path):
+    sources = [write_run(tmp_path / str(count), record("a", examples=count)) for count in (50, 2000)]
+    page = Page(write_report(sources, tmp_path / "page.html").read_text())
+    assert "Not all networks were tested on the same number of images (50, 2,000)" in page.text
+    assert page.tables[-1][1][:2] == ["a", "50 or 2,000"]
+    assert "Not all" not in write_report(sources[:1], tmp_path / "page.html").read_text()
+
+
 def test_a_folder_of_runs_begins_with_the_standard_network(tmp_path):
     for name in ("LCNN", "standard"):
         write_run(tmp_path / "all" / name / "seed0", record(name))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_lcnn._checks import import_extra
-from lightning_lcnn.plots.style import legend_below, looks, new_figure, styled
+from lightning_lcnn.plots.style import legend_below, looks, new_figure, plain_numbers, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +59,8 @@ def training_curves(
         known.add(name)
     axes.xaxis.set_major_locator(import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True))
     axes.set(xlabel=clock or "row of the history", ylabel=label or column, yscale=scale)
+    if scale == "log":
+        plain_numbers(axes.yaxis)
     legend_below(figure, axes)
     return figure
 

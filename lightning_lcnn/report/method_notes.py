@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_lcnn.plots.grouping import Method
 from lightning_lcnn.report.markup import Html, details, join, table, tag
-from lightning_lcnn.report.numbers import number, percent
+from lightning_lcnn.report.numbers import percent
 from lightning_lcnn.report.runs import Run
 
 _HOW = (
@@ -45,8 +46,10 @@ def how_measured(methods: Sequence[Method], runs: Sequence[Run]) -> Html:
     rows = [
         [
             method.name,
-            *(number(_mean(method, key)) for key in ("examples", "measured_examples", "attacked_examples")),
-            number(_mean(method, "stand_in_beta")),
+            *(
+                _distinct(method, key)
+                for key in ("examples", "measured_examples", "attacked_examples", "stand_in_beta")
+            ),
             percent(_mean(method, "converged", "margin")),
         ]
         for method in methods
@@ -59,6 +62,16 @@ def how_measured(methods: Sequence[Method], runs: Sequence[Run]) -> Html:
     notes = dict.fromkeys(note for run in runs for note in _notes(run))
     listed = [tag("ul", *(tag("li", note) for note in notes))] if notes else []
     return join([tag("dl", *terms), table(_IMAGES, head, rows), *listed])
+
+
+def unequal_images(methods: Sequence[Method]) -> str | None:
+    """A warning where not all networks were measured on as many images, and so perhaps not on the same."""
+    for key, what in (("examples", "tested"), ("measured_examples", "measured"), ("attacked_examples", "attacked")):
+        counts = {count for method in methods for count in method.numbers(key)}
+        if len(counts) > 1:
+            listed = ", ".join(f"{count:,.0f}" for count in sorted(counts))
+            return f"Not all networks were {what} on the same number of images ({listed}): compare them with care."
+    return None
 
 
 def settings(runs: Sequence[Run]) -> Html:
@@ -88,8 +101,13 @@ def _notes(run: Run) -> list[str]:
     found = [f"{run.name}: {key}: {note}" for key, note in (run.record.get("notes") or {}).items()]
     reason = (run.record.get("certified") or {}).get("reason")
     if reason:
-        found.append(f"{run.name}: no finite certified bound: {reason}")
+        found.append(f"{run.name}: no finite certified bound: {textwrap.shorten(reason, 300, placeholder=' …')}")
     return [*found, *(f"{run.name}: {note}" for note in run.notes)]
+
+
+def _distinct(method: Method, key: str) -> str:
+    """The values that occur; not their mean, which no network was measured with."""
+    return " or ".join(f"{value:,.0f}" for value in sorted(set(method.numbers(key)))) or "–"
 
 
 def _mean(method: Method, *path: str) -> float | None:

@@ -10,6 +10,7 @@ from lightning_lcnn.plots.style import looks
 from lightning_lcnn.report.figures import figure_html, in_words
 from lightning_lcnn.report.markup import Html, join, table, tag
 from lightning_lcnn.report.measures import Measure, all_measures, main_measures
+from lightning_lcnn.report.method_notes import unequal_images
 
 _HINT = "Curvature is ‖∇²f‖ / ‖∇f‖, averaged over images: how fast the input gradient turns.{}"
 _POINTS = "Up and to the left is better. Large markers are means, bars one standard deviation, small markers seeds."
@@ -19,7 +20,9 @@ def summary(methods: Sequence[Method]) -> Html:
     """One row per method, and accuracy against curvature."""
     seeds = max(len(method.records) for method in methods)
     hint = _HINT.format(" ± is the standard deviation over seeds." if seeds > 1 else "")
-    content = [tag("p", hint), _table_of_methods(methods, main_measures(methods))]
+    warning = unequal_images(methods)
+    content = [tag("p", hint), *([tag("p", tag("strong", warning))] if warning else [])]
+    content += [_table_of_methods(methods, main_measures(methods))]
     curvature = ("curvature", "margin")
     if any(method.numbers("accuracy") and method.numbers(*curvature) for method in methods):
         pairs = zip(
