@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import onnx.reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,10 +68,19 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(y, log_mean_exp_pool2d(x.float(), 2, temperature=1e-3).to(dtype))
 
 
-def test_compiles_whole_and_exports() -> None:
+def test_exports() -> None:
     pool = LogMeanExpPool2d(2)
     x = torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(torch.export.export(pool, (x,)).module()(x), pool(x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exports_to_onnx_with_padding() -> None:
+    pool, x = LogMeanExpPool2d(3, 2, 1), torch.randn(1, 2, 5, 5)
+    program = torch.onnx.export(pool, (x,), dynamo=True, verbose=False)
+    session = onnx.reference.ReferenceEvaluator(program.model_proto)
+    (result,) = session.run(None, {session.input_names[0]: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), pool(x))
 
 
 @pytest.mark.parametrize(

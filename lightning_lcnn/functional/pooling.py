@@ -60,12 +60,12 @@ def log_mean_exp_pool2d(
     scaled = x.to(torch.promote_types(x.dtype, torch.float32)) / temperature
     # up to the end of the last window
     ends = [max(p, (m - 1) * s + k - n - p) for (n, p, k, s), m in zip(geometry, size, strict=True)]
-    padded = F.pad(scaled, (pads[1], ends[1], pads[0], ends[0]), value=-math.inf)
-    windows = torch.stack(_shifted(padded, kernel, steps, size))
+    around = (pads[1], ends[1], pads[0], ends[0])
+    windows = torch.stack(_shifted(F.pad(scaled, around, value=-math.inf), kernel, steps, size))
     log_count = scaled.new_tensor(math.prod(kernel)).log()
-    if max(pads) > 0 or max(ends) > 0:
-        ones = scaled.new_ones(1, 1, *x.shape[2:])
-        log_count = F.avg_pool2d(ones, kernel, steps, pads, ceil_mode, divisor_override=1).log()
+    if max(around) > 0:  # not by average pooling, whose divisor_override is lost on the way to ONNX
+        ones = F.pad(scaled.new_ones(1, 1, *x.shape[2:]), around)
+        log_count = torch.stack(_shifted(ones, kernel, steps, size)).sum(0).log()
     return (temperature * (windows.logsumexp(0) - log_count)).to(x.dtype)
 
 
