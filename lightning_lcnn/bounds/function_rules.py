@@ -207,12 +207,25 @@ def _activation(curve: Callable[..., Curve], call: Call) -> Piece:
 _ATTENTION = "attention multiplies activations by activations, which has no finite slope on unbounded inputs"
 _PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, "matmul", "bmm")
 _ATTENTIONS = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# functions that torchvision keeps whole for torch.fx; by name, for it is no dependency
+_VISION_ATTENTION = "torchvision.models.swin_transformer.shifted_window_attention"
+_VISION_IDENTITY = "torchvision.ops.stochastic_depth.stochastic_depth"
+
+
+def rule_of(call: Call) -> Callable[[Call], Piece] | None:
+    """The rule for a function or method; None where there is none."""
+    return _identity if _full_name(call) == _VISION_IDENTITY else FUNCTION_RULES.get(call.function)
 
 
 def why_refused(call: Call) -> str:
     """Return why a call without a rule has none."""
     is_product = call.function in _PRODUCTS and len(call.signals) > 1
-    return _ATTENTION if is_product or call.function in _ATTENTIONS else "no rule is known for this operation"
+    is_attention = call.function in _ATTENTIONS or _full_name(call) == _VISION_ATTENTION
+    return _ATTENTION if is_product or is_attention else "no rule is known for this operation"
+
+
+def _full_name(call: Call) -> str:
+    return f"{getattr(call.function, '__module__', '')}.{call.name}"
 
 
 FUNCTION_RULES: dict[object, Callable[[Call], Piece]] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_lcnn.bounds.calls import Call, Constant, Signal, unknown_size
-from lightning_lcnn.bounds.function_rules import FUNCTION_RULES, why_refused
+from lightning_lcnn.bounds.function_rules import rule_of, why_refused
 from lightning_lcnn.bounds.module_rules import REFUSED, has_rule, piece_of
 from lightning_lcnn.bounds.pieces import Piece, Rearrange, Shape
 from lightning_lcnn.functional._sharded import whole
@@ -125,9 +125,10 @@ class _Builder:
             return _Split(call)
         if call.function in _LIKE:  # the second tensor gives its shape or type only
             call = Call(call.function, call.args[:1], {})
-        if call.function not in FUNCTION_RULES:
+        rule = rule_of(call)
+        if rule is None:
             raise ValueError(self._refusal(node, why_refused(call)))
-        return self._append(node, partial(FUNCTION_RULES[call.function], call), call.signals)
+        return self._append(node, partial(rule, call), call.signals)
 
     def _append(
         self, node: fx.Node, make: Callable[[], Piece], inputs: list[int], module: nn.Module | None = None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lightning_lcnn.bounds.module_rules import REFUSED, exact_type, has_rule
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class UntraceableError(ValueError):
@@ -54,10 +60,21 @@ def record(model: nn.Module) -> fx.Graph:
 def _untraceable(path: str, module: nn.Module, error: Exception) -> str:
     reason = str(error).split("\n")[0]
     return (
-        f"`model` cannot be traced: {_place(path)} ({type(module).__name__}) failed with {type(error).__name__}: "
-        f"{reason} A forward that branches on tensor values or shapes has no fixed graph; rewrite the branch, or "
-        f"register a bound for the whole module: lightning_lcnn.bounds.register_rule({type(module).__name__}, rule)."
+        f"`model` cannot be traced: {_place(path)} ({type(module).__name__}) failed{_line(error)} with "
+        f"{type(error).__name__}: {reason.rstrip('.')}. A forward that branches on tensor values or shapes has no fixed "
+        "graph; rewrite the branch, or register a bound for the whole module: "
+        f"lightning_lcnn.bounds.register_rule({type(module).__name__}, rule)."
     )
+
+
+def _line(error: Exception) -> str:
+    """Where it happened in code that is neither torch's nor ours."""
+    lines = [
+        f" at {os.path.basename(frame.filename)}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, _OURS))
+    ]
+    return lines[-1] if lines else ""
 
 
 def _place(path: str) -> str:

@@ -18,6 +18,7 @@ from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
 from lightning_lcnn.layers import ScaledActivation
 
 _NORMS = (*rules.NORMS, nn.SyncBatchNorm)
+_READ_OUTSIDE = "another module reads its weight"
 
 
 class Decisions:
@@ -65,7 +66,8 @@ class Decisions:
         if self.options.skips(name, module):
             return SKIPPED
         if self.record.usage[name].calls == 0:
-            return "the example input does not reach it in evaluation mode"
+            read = name in self.record.read_outside
+            return _READ_OUTSIDE if read else "the example input does not reach it in evaluation mode"
         if any(name.startswith(f"{path}.") for path in self._encoders):
             return "nn.TransformerEncoderLayer reads it directly on its fast path"
         return "its forward was replaced" if "forward" in vars(module) else ""
@@ -100,7 +102,7 @@ class Decisions:
         if module._parameters.get("weight") is None:
             return "its weight is computed by a hook (weight norm, pruning); make that permanent first"
         if name in self.record.read_outside:
-            return "another module reads its weight"
+            return _READ_OUTSIDE
         usage = self.record.usage[name]
         if usage.escapes and not usage.consumers and not self.options.output_layer:
             return OUTPUT_LAYER
