@@ -1,0 +1,246 @@
+"""What conversion, training, bounds, folding and export do on the networks of torchvision and timm.
+
+    python examples/model_table.py [NAME ...] [--full-size] [--write docs/models.md]
+
+Every network has random weights and batch-norm statistics from random images; nothing is downloaded. Without names all
+small networks are examined (a minute), with ``--full-size`` the originals, which are converted only (ten minutes).
+``--write`` replaces the table of a page, which stands between two comments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from model_zoo import SMALL, Case, full_size
+from torch import Tensor, nn
+
+from lightning_lcnn import fold, lcnn_parameter_groups, to_low_curvature
+from lightning_lcnn.bounds import network_bound, trace
+from lightning_lcnn.conversion import ConversionReport
+from lightning_lcnn.layers import update_spectral_norm
+from lightning_lcnn.penalties import CurvaturePenalty
+
+LARGE_BETA = 1e9  # in float64 no further from the original than rounding
+COLUMNS = ("model", "layers", "norms", "activations", "left alone", "penalty", "bound")
+
+
+class NotFulfilledError(Exception):
+    """A network does not do what the page says of all."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one network."""
+
+    name: str
+    layers: int  # linear layers and convolutions that were converted
+    norms: int
+    activations: int
+    left: str  # classes with parameters that were left alone, without the output layer
+    penalty: str  # mode of the CurvaturePenalty that a training step took
+    bound: str
+    error: float  # relative difference to the original at large β
+    seconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        """As in :data:`COLUMNS`."""
+        counts = (str(self.layers), str(self.norms), str(self.activations))
+        return (self.name, *counts, self.left or "–", self.penalty, self.bound)
+
+
+def calibrated(case: Case) -> nn.Module:
+    """The network with no parameter at zero and batch-norm statistics of data, in evaluation mode."""
+    torch.manual_seed(0)
+    model = case.build()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 0.5
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.randn(4, 3, case.size, case.size))
+    return model.eval()
+
+
+def examine(case: Case, whole: bool = True) -> Row:
+    """Convert a network, train it for one step, bound, fold and export it.
+
+    Args:
+        case: What to examine.
+        whole: Whether to bound and export it, too, which takes long for large networks.
+
+    Raises:
+        NotFulfilledError: If outputs change or are not finite.
+    """
+    start = time.process_time()
+    model = calibrated(case)
+    images = torch.randn(2, 3, case.size, case.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kinks that are left
+        error = conversion_error(model, images)
+        network, report = to_low_curvature(model, images, max_pool="smooth", return_report=True)
+    penalty = train_step(network, images)
+    network.eval()
+    if whole:
+        bound = bound_in_words(network, images)
+        check_export(case, network, images)
+    else:
+        check_close(fold(network)(images), network(images), 1e-4, "folding")
+        bound = traced_in_words(network)
+    kinds = Counter(_kind(row.after) for row in report.changed)
+    counts = (kinds["layer"], kinds["norm"], kinds["activation"])
+    return Row(case.family, *counts, _left(report), penalty, bound, error, time.process_time() - start)
+
+
+def conversion_error(model: nn.Module, images: Tensor) -> float:
+    """Relative difference to the original at large β, in float64."""
+    model, images = model.double(), images.double()
+    converted = to_low_curvature(model, images, beta=LARGE_BETA, max_pool="smooth")
+    with torch.no_grad():
+        expected = model(images)
+        error = float((converted(images) - expected).norm() / expected.norm())
+    model.float()
+    if not (error < 1e-5 and float(expected.std(0).max()) > 0):
+        raise NotFulfilledError(f"conversion changes the output by {error:.1e}")
+    return error
+
+
+def train_step(network: nn.Module, images: Tensor) -> str:
+    """One step of SGD on cross-entropy and the penalty; the mode that the penalty has a graph for."""
+    network.train()
+    optimizer = torch.optim.SGD(lcnn_parameter_groups(network), lr=1e-3)
+    penalty, mode = CurvaturePenalty(), "bound"
+    try:
+        value = penalty(network)
+    except ValueError:
+        penalty, mode = CurvaturePenalty(mode="sum_log"), "sum_log"
+        value = penalty(network)
+    loss = F.cross_entropy(network(images), torch.tensor([1, 2])) + value
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if not (loss.isfinite() and all(g.isfinite().all() for g in gradients)):
+        raise NotFulfilledError("the loss or a gradient is not finite")
+    optimizer.step()
+    update_spectral_norm(network)
+    if not penalty(network).isfinite():
+        raise NotFulfilledError("the penalty is not finite after a step")
+    return mode
+
+
+def bound_in_words(network: nn.Module, images: Tensor) -> str:
+    """Finite, infinite or refused, with the first reason."""
+    try:
+        bound = network_bound(network, images)
+    except ValueError as error:
+        return _refusal(str(error))
+    if bound.curvature < float("inf"):
+        return "finite"
+    return f"infinite: {bound.reasons[0]}" if bound.reasons else "beyond float64"
+
+
+def traced_in_words(network: nn.Module) -> str:
+    """What the graph alone tells."""
+    try:
+        trace(network)
+    except ValueError as error:
+        return _refusal(str(error))
+    return "traced"
+
+
+def _refusal(message: str) -> str:
+    place = re.search(r"(?:at `(\w+)` in the forward of )?module '([^']*)'", message)
+    operation, path = place.groups() if place else (None, None)
+    if "cannot be traced" in message:
+        what = "not traced"
+    elif "ttention multiplies" in message:
+        what = "attention"
+    elif "product of two" in message:
+        what = "gate"
+    else:
+        what = f"`{operation}`" if operation else message.split(": ", 1)[1].split(". ")[0]
+    return f"refused: {what}" + (f" in `{path}`" if path else "")
+
+
+def check_export(case: Case, network: nn.Module, images: Tensor) -> None:
+    """Fold and export: the same outputs."""
+    folded = fold(network)
+    with torch.no_grad():
+        expected = network(images)
+        check_close(folded(images), expected, 1e-4, "folding")
+        exported = torch.export.export(folded, (images,)).module()
+        check_close(exported(images), expected, 1e-4, "torch.export")
+    if case.onnx:
+        import onnx.reference
+
+        program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)
+        session = onnx.reference.ReferenceEvaluator(program.model_proto)
+        (result,) = session.run(None, {session.input_names[0]: images.numpy()})
+        check_close(torch.from_numpy(result), expected, 1e-3, "ONNX")
+
+
+def check_close(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Raise unless the relative difference is small."""
+    error = float((got - expected).norm() / expected.norm())
+    if not error < tolerance:
+        raise NotFulfilledError(f"{what} changes the output by {error:.1e}")
+
+
+def _kind(name: str) -> str:
+    if name.startswith("Spectral"):
+        return "layer"
+    return "norm" if name.startswith("Lipschitz") else "pooling" if "Pool" in name else "activation"
+
+
+def _left(report: ConversionReport) -> str:
+    kept = Counter()
+    for row in report.kept:
+        container = row.reason == "holds parameters of its own" and not re.search("Attention|Norm", row.what)
+        part_of_attention = row.what == "NonDynamicallyQuantizableLinear"
+        if not (container or part_of_attention or row.reason == "smooth already" or "output" in row.reason):
+            kept[re.sub(r" at .*", "", row.what)] += 1
+    return ", ".join(f"{count} {name}" for name, count in kept.items())
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the comments of this mark."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    """Examine the networks of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="as in the table; all by default")
+    parser.add_argument("--full-size", action="store_true", help="the originals, without bound and export")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="page whose table to replace")
+    options = parser.parse_args()
+    cases = full_size() if options.full_size else SMALL
+    rows = []
+    for case in cases:
+        if options.names and not any(name in case.family for name in options.names):
+            continue
+        rows.append(examine(case, whole=not options.full_size))
+        print(f"{rows[-1].seconds:5.1f} s  {rows[-1].error:.0e}  " + "  ".join(rows[-1].cells()), flush=True)
+    if options.write:
+        write(options.write, "full size" if options.full_size else "small", table(rows))
+
+
+if __name__ == "__main__":
+    main()
