@@ -61,8 +61,8 @@ def _untraceable(path: str, module: nn.Module, error: Exception) -> str:
     reason = str(error).split("\n")[0]
     return (
         f"`model` cannot be traced: {_place(path)} ({type(module).__name__}) failed{_line(error)} with "
-        f"{type(error).__name__}: {reason.rstrip('.')}. A forward that branches on tensor values or shapes has no fixed "
-        "graph; rewrite the branch, or register a bound for the whole module: "
+        f"{type(error).__name__}: {reason.rstrip('.')}. A forward that branches on tensor values or shapes has no "
+        "fixed graph; rewrite the branch, or register a bound for the whole module: "
         f"lightning_lcnn.bounds.register_rule({type(module).__name__}, rule)."
     )
 
