@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -31,3 +33,21 @@ def on_plain_cpu(*tensors: Tensor) -> bool:
 def stored(values: Tensor) -> Tensor:
     """The same few values: has the compiler write them down, not compute them in each turn of a long loop."""
     return torch.as_strided(values, values.shape, values.stride())
+
+
+def wanted_gradients(ctx: Any) -> tuple[bool, ...]:
+    """For each argument of a custom function whether the backward that is running wants its gradient.
+
+    ``ctx.needs_input_grad`` tells what was differentiable in forward. ``torch.autograd.grad`` by the network's input
+    alone wants no gradient of a parameter, and torch says so to its own functions, but not to those in Python: a
+    penalty on the input gradient would compute, and keep the graph of, gradients that nobody reads.
+    """
+    nodes = iter(node for node, _ in ctx.next_functions if node is not None)  # one for each argument that needs it
+    return tuple(needed and _is_executed(next(nodes)) for needed in ctx.needs_input_grad)
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf by which autograd.grad differentiates, about which torch does not answer
+        return True

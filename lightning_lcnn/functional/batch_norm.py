@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, stored
+from lightning_lcnn.functional._batch_norm_gradient import input_gradient_of_batch_norm
+from lightning_lcnn.functional._eager import (
+    is_compiling_for_training,
+    needs_composite,
+    on_plain_cpu,
+    stored,
+    wanted_gradients,
+)
 
 
 def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
@@ -171,7 +178,11 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad), None, None, None, None)
+        x, weight, mean, gain = ctx.saved_tensors
+        wanted = wanted_gradients(ctx)[:3]
+        if torch.is_grad_enabled() and wanted == (True, False, False):  # somebody differentiates this backward again
+            return (input_gradient_of_batch_norm(grad, x, weight, mean, gain), *[None] * 6)
+        return (*_gradients(ctx, grad, wanted), None, None, None, None)
 
 
 class _TracedNormalized(torch.autograd.Function):
@@ -190,14 +201,13 @@ class _TracedNormalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad), None, None, None)
+        return (*_gradients(ctx, grad, ctx.needs_input_grad[:3]), None, None, None)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     x, weight, mean, gain = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, gain, True, ctx.eps, wanted
+        grad, x, weight, None, None, mean, gain, True, ctx.eps, list(wanted)
     )
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu, wanted_gradients
 from lightning_lcnn.functional.linear_operators import ConvGeometry
 
 
@@ -99,12 +99,12 @@ class _NormalizedConvolution(torch.autograd.Function):
         x, weight, log_gamma = ctx.saved_tensors
         again = torch.is_grad_enabled()  # somebody differentiates this backward: nothing may change in place
         scale, inverse = _scale(weight, log_gamma, ctx.gradient.value) if again else ctx.factors
-        of_x, of_weight, of_bias, of_gamma = ctx.needs_input_grad[:4]
+        of_x, of_weight, of_bias, of_gamma = wanted_gradients(ctx)[:4]
         of_weight = of_weight or of_gamma
         scaled = (grad * scale, weight) if ctx.scales_output else (grad, weight * scale)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            scaled[0], x, scaled[1], None, *_arguments(ctx.geometry), [of_x, of_weight, False]
-        )
+        if again and not (of_weight or of_bias):
+            return _InputGradient.apply(*scaled, x, ctx.geometry), *[None] * 5
+        grad_x, grad_weight, _ = _pull_back(scaled[0], x, scaled[1], ctx.geometry, [of_x, of_weight, False])
         grad_gamma = None
         if of_weight:
             if not ctx.scales_output:
@@ -115,6 +115,28 @@ class _NormalizedConvolution(torch.autograd.Function):
             grad_weight = add(*correction, value=-1)
         grad_bias = grad.sum([d for d in range(grad.ndim) if d != 1]) if of_bias else None
         return grad_x, grad_weight, grad_bias, grad_gamma if of_gamma else None, None, None
+
+
+class _InputGradient(torch.autograd.Function):
+    """Pull a gradient back to the input; torch's own derivative of this convolves with kernels of image size."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
+        ctx.save_for_backward(grad, weight)
+        ctx.geometry = geometry
+        return _pull_back(grad, x, weight, geometry, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        grad, weight = ctx.saved_tensors
+        of_grad, of_weight, *_ = wanted_gradients(ctx)
+        pushed = torch.convolution(v, weight, None, *_arguments(ctx.geometry)) if of_grad else None
+        grad_weight = _pull_back(grad, v, weight, ctx.geometry, [False, True, False])[1] if of_weight else None
+        return pushed, grad_weight, None, None
+
+
+def _pull_back(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: list[bool]) -> Any:
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *_arguments(geometry), wanted)
 
 
 def _scale(weight: Tensor, log_gamma: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +150,9 @@ def _scale(weight: Tensor, log_gamma: Tensor | None, gradient: Tensor) -> tuple[
 def positive_norm(sigma: Tensor) -> Tensor:
     """σ as a divisor: 1 where it is not positive, as for a zero weight.
 
-    Below zero W has moved far from where G was computed, by large steps or from outside. On the CPU that warns; elsewhere
-    it would have to wait for the device, and the residual that :class:`~lightning_lcnn.PowerIteration` logs tells.
+    Below zero W has moved far from where G was computed, by large steps or from outside. On the CPU that warns;
+    elsewhere it would have to wait for the device, and the residual that :class:`~lightning_lcnn.PowerIteration` logs
+    tells.
     """
     if on_plain_cpu(sigma) and not needs_composite() and not torch.jit.is_tracing() and sigma < 0:
         warnings.warn(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional import _softplus_kernels as formulas
 from lightning_lcnn.functional import compiled_softplus as compiled
-from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu
+from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, wanted_gradients
 
 # From this β on the in-place form errs by at most 1e-7 / β in the value.
 _MIN_IN_PLACE_BETA = 1.0
@@ -127,7 +127,7 @@ class _FusedCenteredSoftplus(torch.autograd.Function):
         # with gradients enabled somebody differentiates this backward again
         grad_x = grad.to(beta.dtype) * _Sigmoid.apply(z) if torch.is_grad_enabled() else z.sigmoid_().mul_(grad)
         grad_beta = None
-        if ctx.needs_input_grad[1]:
+        if wanted_gradients(ctx)[1]:
             grad_beta = (_sum_product(grad_x, x, beta) - _sum_product(grad, value, beta)) / beta
         return grad_x.to(x.dtype), grad_beta
 
@@ -148,23 +148,52 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         value, beta = ctx.saved_tensors
-        largest = 2.0 - 2.0 * torch.finfo(value.dtype).eps  # e reaches 2 by rounding, where log(2 - e) is infinite
+        _, of_beta = wanted_gradients(ctx)
         if torch.is_grad_enabled():  # somebody differentiates this backward again
-            e = torch.exp(-beta * value).clamp(max=largest)
+            if not of_beta:
+                return _SlopeFromOutput.apply(grad, value, beta), None
+            e = _exponential(value, beta)
             grad_x = grad * (1.0 - 0.5 * e)
-            if not ctx.needs_input_grad[1]:
-                return grad_x, None
             x_times_beta = beta * value + torch.log1p(1.0 - e)
             return grad_x, ((grad_x * x_times_beta).sum() / beta - (grad * value).sum()) / beta
         if compiled.fits(grad, value):
-            return compiled.gradients(grad, value, beta, of_beta=ctx.needs_input_grad[1])
-        e = torch.mul(value, beta * (-1.0 / math.log(2.0))).exp2_().clamp_(max=largest)
+            return compiled.gradients(grad, value, beta, of_beta=of_beta)
+        e = _exponential(value, beta)
         grad_x = torch.addcmul(grad, grad, e, value=-0.5)
-        if not ctx.needs_input_grad[1]:
+        if not of_beta:
             return grad_x, None
         logarithm = torch.sub(e.new_ones(()), e, out=e).log1p_()
         inner = _sum_product(grad_x, value, beta) - _sum_product(grad, value, beta)
         return grad_x, (inner + _sum_product(grad_x, logarithm, beta) / beta) / beta
+
+
+class _SlopeFromOutput(torch.autograd.Function):
+    """grad · (1 - e/2) as a function of all three, which keeps nothing but them."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, value: Tensor, beta: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, value, beta)
+        return torch.addcmul(grad, grad, _exponential(value, beta), value=-0.5)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, value, beta = ctx.saved_tensors
+        e = _exponential(value, beta)
+        of_grad = torch.addcmul(v, v, e, value=-0.5)
+        if torch.is_grad_enabled():
+            product = v * grad * e
+            return of_grad, product * (0.5 * beta), (product * value).sum().view(beta.shape) * 0.5
+        product = (v * grad).mul_(e)
+        of_beta = 0.5 * _sum_product(product, value, beta)
+        return of_grad, product.mul_(0.5 * beta), of_beta
+
+
+def _exponential(value: Tensor, beta: Tensor) -> Tensor:
+    """Return e = exp(-βs), kept below 2, which it reaches by rounding and where log(2 - e) is infinite."""
+    largest = 2.0 - 2.0 * torch.finfo(value.dtype).eps
+    if torch.is_grad_enabled():
+        return torch.exp(-beta * value).clamp(max=largest)
+    return torch.mul(value, beta * (-1.0 / math.log(2.0))).exp2_().clamp_(max=largest)
 
 
 def _write_value(x: Tensor, beta: float) -> None:
