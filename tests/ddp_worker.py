@@ -223,7 +223,9 @@ def model_parallel() -> None:
         return strategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     run(ModelParallel(), "shards-half", watched(), strategy=shards(), **data).save_checkpoint(OUT / "shards.ckpt")
-    run(ModelParallel(), "one-shards", watched(), strategy=shards(), max_epochs=2, ckpt_path=OUT / "one.ckpt", **data)
+    for name in ("shards", "one"):
+        options = {"max_epochs": 2, "ckpt_path": OUT / f"{name}.ckpt", **data}
+        run(ModelParallel(), f"{name}-shards", watched(), strategy=shards(), **options)
 
 
 SCENARIOS = {f.__name__: f for f in (mixin, callback, collectives, stranger, resume, model_parallel)}

@@ -39,8 +39,8 @@ def straight() -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     return {name: float(value) for name, value in runner.callback_metrics.items()}, module.state_dict()
 
 
-@pytest.mark.parametrize("name", ["one-two", "one-shards"])
-def test_two_processes_go_on_with_the_checkpoint_of_one(results: Path, straight: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["one-two", "one-shards", "shards-shards"])
+def test_two_processes_go_on(results: Path, straight: Any, name: str) -> None:
     first, second = load(results, name)
     assert first["step"] == 12
     assert differing(first, second) == []
