@@ -55,7 +55,31 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 5) -> Tensor:
         True
     """
     check_int("num_iterations", num_iterations)
-    return _largest([layer.update_spectral_norm(num_iterations) for layer in spectral_layers(module)], module)
+    return _stacked([layer.update_spectral_norm(num_iterations) for layer in spectral_layers(module)], module).amax()
+
+
+@torch.no_grad()
+def spectral_norms(module: nn.Module) -> Tensor:
+    """Present estimates ⟨W, G⟩ of the norms of all spectral layers, on the device of the first.
+
+    Args:
+        module: Network with at least one spectral layer.
+
+    Returns:
+        (layers,), without host synchronisation.
+
+    Raises:
+        ValueError: If ``module`` has no spectral layer.
+
+    Source:
+        Ours.
+
+    Example:
+        >>> from lightning_lcnn.layers import SpectralLinear
+        >>> spectral_norms(nn.Sequential(SpectralLinear(3, 3), SpectralLinear(3, 2))).shape
+        torch.Size([2])
+    """
+    return _stacked([layer.sigma() for layer in spectral_layers(module)], module)
 
 
 def reset_spectral_norm(module: nn.Module, tolerance: float = 1e-3, max_iterations: int = 240) -> Tensor:
@@ -81,13 +105,13 @@ def reset_spectral_norm(module: nn.Module, tolerance: float = 1e-3, max_iteratio
         True
     """
     residuals = [layer.reset_spectral_norm(tolerance, max_iterations) for layer in spectral_layers(module)]
-    return _largest(residuals, module)
+    return _stacked(residuals, module).amax()
 
 
-def _largest(residuals: list[Tensor], module: nn.Module) -> Tensor:
-    if not residuals:
+def _stacked(values: list[Tensor], module: nn.Module) -> Tensor:
+    if not values:
         raise ValueError(
             f"`module` has no spectral layer, got {type(module).__name__}; convert it with `to_low_curvature` or use "
             "SpectralLinear and SpectralConv layers."
         )
-    return torch.stack([residual.to(residuals[0]) for residual in residuals]).amax()
+    return torch.stack([value.to(values[0]) for value in values])
