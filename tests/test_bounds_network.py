@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds import direction_bounds, margin_bounds, network_bound, register_rule, trace
+from lightning_lcnn.bounds import directions as directions_module
 from lightning_lcnn.layers import CenteredSoftplus, LogMeanExpPool2d
 from lightning_lcnn.models import resnet18
 
@@ -171,6 +172,29 @@ def test_direction_bounds_scale_with_the_direction() -> None:
     torch.testing.assert_close(margins.positive[0, 1], margins.negative[1, 0])
 
 
+def test_margins_from_logits_are_looser_by_two_at_most_and_take_fewer_directions(monkeypatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 8), nn.Softplus(), nn.Linear(8, 4)).eval()
+    pairs = margin_bounds(net, torch.zeros(1, 5))
+    heads = []
+    original = directions_module.direction
+    monkeypatch.setattr(directions_module, "direction", lambda *a: heads.append(len(a[-1])) or original(*a))
+    sums = margin_bounds(net, torch.zeros(1, 5), method="logits")
+    assert sum(heads) == 4
+    other = ~torch.eye(4, dtype=torch.bool)
+    for loose, tight in ((sums.slope, pairs.slope), (sums.negative, pairs.negative)):
+        assert (loose[other] >= tight[other] * (1 - 1e-9)).all()
+        assert (loose[other] > 1.01 * tight[other]).any()
+        assert (loose.diagonal() == 0).all()
+    logits = direction_bounds(net, torch.zeros(1, 5), torch.eye(4))
+    assert (sums.negative <= logits.negative[:, None] + logits.positive).all()
+    for x in torch.randn(20, 5):
+        hessians = [torch.autograd.functional.hessian(lambda v, k=k: net(v)[k], x).double() for k in range(4)]
+        for i in range(4):
+            for j in range(4):
+                assert -torch.linalg.eigvalsh(hessians[i] - hessians[j])[0] <= sums.negative[i, j] + 1e-6
+
+
 def test_overflow_is_infinite_and_never_nan() -> None:
     layers: list[nn.Module] = []
     for _ in range(60):
@@ -278,6 +302,8 @@ def test_wrong_arguments() -> None:
         direction_bounds(net, torch.zeros(1, 3), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="must return logits"):
         margin_bounds(nn.Linear(3, 1).eval(), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"`method` must be one of \['logits', 'pairs'\], got 'sum'"):
+        margin_bounds(net, torch.zeros(1, 3), method="sum")
     net[1].train()
     with pytest.raises(ValueError, match="module '1' is in training mode"):
         network_bound(net, torch.zeros(1, 3))

@@ -59,7 +59,9 @@ def test_formulas_of_the_gradients(beta: float) -> None:
     results = [formulas.gradients(one, s, number) for s in output.split(1)]
     # σ = 1 - e^(-βs)/2 is rounded at 6e-8, and so is βs, up to 100 in the grid
     assert (torch.cat([r[0] for r in results]).double() - slope).abs().max() < 5e-7
-    assert torch.equal(formulas.input_gradient(torch.ones_like(output), output, number), torch.cat([r[0] for r in results]))
+    assert torch.equal(
+        formulas.input_gradient(torch.ones_like(output), output, number), torch.cat([r[0] for r in results])
+    )
     # for z -> -inf ∂s/∂β tends to log(2)/β², and the output's rounding, 6e-8, is all that tells z apart
     got = torch.cat([r[1] for r in results]).double()
     inside = x > -8 / rounded

@@ -273,7 +273,9 @@ def test_compiled_parts_are_refused_and_measured_by_differences():
     plain = network()
     expected = normalized_curvature(plain, x, y).values
     inside = nn.Sequential(torch.compile(plain, backend="aot_eager"), nn.Identity()).eval()
-    with pytest.raises(RuntimeError, match=r"(CompiledFunctionBackward|donated buffers).*; pass hvp='finite_difference'"):
+    with pytest.raises(
+        RuntimeError, match=r"(CompiledFunctionBackward|donated buffers).*; pass hvp='finite_difference'"
+    ):
         normalized_curvature(inside, x, y)
     measured = normalized_curvature(inside, x, y, hvp="finite_difference").values
     torch.testing.assert_close(measured, expected, rtol=1e-2, atol=0)  # h = 5e-3 in float32

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_lcnn.cli import main
 from lightning_lcnn.report import write_report
 from lightning_lcnn.report.pictures import one_of_each_class
 
@@ -229,6 +230,30 @@ def test_an_evaluation_file_alone_and_a_record_with_little_in_it(tmp_path):
     file.write_text(json.dumps({"schema": 1, "name": "", "accuracy": None, "curvature": {"margin": None}}))
     page = Page(write_report([file], tmp_path / "page.html").read_text())
     assert page.tables[0][1][0] == tmp_path.name
+
+
+def test_values_of_wrong_type_are_left_out(tmp_path):
+    odd = record("a", betas={"act": "x"}, gradient_change={"0.1": "y"}, accuracy="z", certified={"reason": 3})
+    odd["layers"][0]["slope"] = "steep"
+    page = Page(write_report([write_run(tmp_path / "run", odd)], tmp_path / "page.html").read_text())
+    assert "steep" not in page.text
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", record("a"))
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), tmp_path / "run" / "network.pt")
+    assert main(["report", "run", "--output", "new/page.html", "--data", "digits", "--trust", "--title", "T"]) == 0
+    assert "written to new/page.html" in capsys.readouterr().out
+    text = (tmp_path / "new" / "page.html").read_text()
+    assert "<title>T</title>" in text
+    assert "Input gradients" in text
+    (tmp_path / "empty").mkdir()
+    assert main(["report", "empty"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-lcnn report: error: empty holds no evaluation.json")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_network_without_measures_is_measured_on_the_images(tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._checks import check_choice
 from lightning_lcnn.bounds.backward import backward_pass, direction
 from lightning_lcnn.bounds.forward import forward_pass
-from lightning_lcnn.bounds.measured import measure
+from lightning_lcnn.bounds.measured import MeasuredNetwork, measure
 from lightning_lcnn.bounds.network import INFLATION, fast_bound
+from lightning_lcnn.bounds.result import NetworkBound
 
 _CHUNK_ENTRIES = 2**24  # numbers in the widest gradient of the heads that run together (128 MB)
 
@@ -64,8 +67,10 @@ def direction_bounds(model: nn.Module, example_input: Tensor, directions: Tensor
     if not isinstance(directions, Tensor) or tuple(directions.shape[1:]) != shape or len(directions) == 0:
         received = tuple(directions.shape) if isinstance(directions, Tensor) else type(directions).__name__
         raise ValueError(f"`directions` must be a tensor of shape (H, *{shape}) with H >= 1, got {received}.")
-    directions = directions.detach().cpu().double()
-    fast = fast_bound(network)
+    return _bounds(network, fast_bound(network), directions.detach().cpu().double())
+
+
+def _bounds(network: MeasuredNetwork, fast: NetworkBound, directions: Tensor) -> DirectionBounds:
     network = network.folded()
     forward = forward_pass(network)
     width = max(row.numel() for row in forward.rows)
@@ -98,19 +103,21 @@ class MarginBounds:
         return self.negative.T
 
 
-def margin_bounds(model: nn.Module, example_input: Tensor) -> MarginBounds:
+def margin_bounds(model: nn.Module, example_input: Tensor, method: str = "pairs") -> MarginBounds:
     """Certified bounds for the margin between every two classes, by the tight method.
 
     Args:
         model: classifier in evaluation mode with logits (N, C), as for :func:`network_bound`.
         example_input: any input of the true shape (N, ...).
+        method: "pairs" bounds the C (C - 1) / 2 differences of logits one by one; "logits" bounds the C logits and adds
+            two of them, which takes (C - 1) / 2 times less and is up to twice as loose.
 
     Returns:
-        :class:`MarginBounds` on the CPU; C (C - 1) / 2 directions are bounded.
+        :class:`MarginBounds` on the CPU.
 
     Raises:
         TypeError: when an argument has the wrong type.
-        ValueError: when the output is not (N, C) with C >= 2, or as :func:`network_bound`.
+        ValueError: when the output is not (N, C) with C >= 2, ``method`` is unknown, or as :func:`network_bound`.
 
     Source:
         Ours; docs/theory.md derives the rules.
@@ -120,14 +127,24 @@ def margin_bounds(model: nn.Module, example_input: Tensor) -> MarginBounds:
         >>> margin_bounds(net, torch.zeros(1, 3)).negative.shape
         torch.Size([2, 2])
     """
-    with torch.no_grad():
-        shape = model(example_input[:1]).shape
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"`model` must return logits (N, C) with C >= 2, got shape {tuple(shape)}.")
-    classes = torch.eye(shape[1], dtype=torch.float64)
-    first, second = torch.triu_indices(shape[1], shape[1], offset=1)
-    bounds = direction_bounds(model, example_input, classes[first] - classes[second])
+    check_choice("method", method, ("pairs", "logits"))
+    network = measure(model, example_input)
+    shape = network.shapes[-1][1:]
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"`model` must return logits (N, C) with C >= 2, got shape (N, {', '.join(map(str, shape))}).")
+    classes, fast = torch.eye(shape[0], dtype=torch.float64), fast_bound(network)
+    if method == "logits":
+        return _sums(_bounds(network, fast, classes), fast)
+    first, second = torch.triu_indices(shape[0], shape[0], offset=1)
+    bounds = _bounds(network, fast, classes[first] - classes[second])
     slope, negative = torch.zeros_like(classes), torch.zeros_like(classes)
     slope[first, second] = slope[second, first] = bounds.slope
     negative[first, second], negative[second, first] = bounds.negative, bounds.positive
     return MarginBounds(slope, negative)
+
+
+def _sums(logits: DirectionBounds, fast: NetworkBound) -> MarginBounds:
+    """The triangle inequality for g_i - g_j, and √2, the norm of its direction, times the bound of all directions."""
+    slope = (logits.slope[:, None] + logits.slope).clamp_max(math.sqrt(2) * fast.slope)
+    negative = (logits.negative[:, None] + logits.positive).clamp_max(math.sqrt(2) * fast.curvature)
+    return MarginBounds(slope.fill_diagonal_(0.0), negative.fill_diagonal_(0.0))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_lcnn.plots import layer_bars, values_over_layers
-from lightning_lcnn.plots.grouping import Method
+from lightning_lcnn.plots.grouping import Method, is_number
 from lightning_lcnn.plots.layers import layer_values
 from lightning_lcnn.plots.training import History
 from lightning_lcnn.report.figures import figure_html
@@ -84,8 +84,8 @@ def _last_values(history: History, prefix: str) -> dict[str, float]:
     return ends
 
 
-def _positive(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if value is not None and 0 < value < math.inf}
+def _positive(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if is_number(value) and value > 0}
 
 
 def _wide(figure: Figure, key: str, alt: str, words: str) -> Html:

@@ -101,7 +101,7 @@ def _notes(run: Run) -> list[str]:
     found = [f"{run.name}: {key}: {note}" for key, note in (run.record.get("notes") or {}).items()]
     reason = (run.record.get("certified") or {}).get("reason")
     if reason:
-        found.append(f"{run.name}: no finite certified bound: {textwrap.shorten(reason, 300, placeholder=' …')}")
+        found.append(f"{run.name}: no finite certified bound: {textwrap.shorten(str(reason), 300, placeholder=' …')}")
     return [*found, *(f"{run.name}: {note}" for note in run.notes)]
 
 
