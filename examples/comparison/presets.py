@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from image_folder import class_names, load_split
 from torch import Tensor, nn
 
+from lightning_lcnn.data import class_names, load_split
 from lightning_lcnn.models import resnet18
 
 Options = dict[str, float | str]

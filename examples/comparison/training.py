@@ -15,13 +15,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from image_folder import shift_and_mirror
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from comparison.methods import Method
 from comparison.presets import Data, Options, Preset, Split
 from lightning_lcnn import CurvatureMonitor, LCNNMixin, lcnn_parameter_groups
+from lightning_lcnn.data import shift_and_mirror
 from lightning_lcnn.layers import CenteredSoftplus
 from lightning_lcnn.models import Normalize
 from lightning_lcnn.penalties import Penalty
