@@ -178,11 +178,11 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, gain = ctx.saved_tensors
+        x, weight, mean, gain = ctx.saved_tensors  # read once: activation checkpointing unpacks them once
         wanted = wanted_gradients(ctx)[:3]
         if torch.is_grad_enabled() and wanted == (True, False, False):  # somebody differentiates this backward again
             return (input_gradient_of_batch_norm(grad, x, weight, mean, gain), *[None] * 6)
-        return (*_gradients(ctx, grad, wanted), None, None, None, None)
+        return (*_gradients(grad, x, weight, mean, gain, ctx.eps, wanted), None, None, None, None)
 
 
 class _TracedNormalized(torch.autograd.Function):
@@ -201,13 +201,14 @@ class _TracedNormalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad, ctx.needs_input_grad[:3]), None, None, None)
+        return (*_gradients(grad, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[:3]), None, None, None)
 
 
-def _gradients(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    x, weight, mean, gain = ctx.saved_tensors
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, eps: float, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, gain, True, ctx.eps, list(wanted)
+        grad, x, weight, None, None, mean, gain, True, eps, list(wanted)
     )
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
