@@ -271,6 +271,26 @@ def test_torchattacks_under_inference_mode_leave_nothing(model, batch, name):
     assert again == first  # seeded inside, whatever the global state
 
 
+def test_an_attack_that_would_seed_itself_from_the_clock_is_reproducible(batch):
+    seeds = []
+
+    class Clocked:
+        def __init__(self, model, seed=None):
+            seeds.append(seed)
+
+        def __call__(self, x, target):
+            return x
+
+    for seed in (0, 0, 1):
+        AdversarialAccuracy(1.0, attack=Clocked, radius_argument=None, seed=seed).update(nn.Flatten(), *batch)
+    own = AdversarialAccuracy(1.0, attack=Clocked, radius_argument=None, attack_kwargs={"seed": 7})
+    own.update(nn.Flatten(), *batch)
+    first, second, other, given = seeds
+    assert isinstance(first, int)
+    assert first == second != other
+    assert given == 7
+
+
 def _again(metric):
     names = ("attack", "attack_kwargs", "radius_argument", "over_budget")
     return {"radius": metric.radii[0]} | {name: getattr(metric, name) for name in names}

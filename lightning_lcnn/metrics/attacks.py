@@ -98,8 +98,11 @@ def _build_and_call(
     target: Tensor,
     radius: float,
 ) -> Tensor:
+    known = inspect.signature(cls).parameters
+    if "seed" in known and known["seed"].default is None:  # AutoAttack would take the time
+        options = {"seed": int(torch.randint(2**31, ()))} | options
     if radius_argument is not None:
-        if radius_argument not in inspect.signature(cls).parameters:
+        if radius_argument not in known:
             raise TypeError(
                 f"{getattr(cls, '__name__', cls)} takes no argument {radius_argument!r}; name the one that holds the "
                 "radius in `radius_argument`, or, for an attack without a radius, pass radius_argument=None and "
