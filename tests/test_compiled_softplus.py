@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_lcnn import fold
 from lightning_lcnn.functional import _softplus_kernels as formulas
 from lightning_lcnn.functional import (
     centered_softplus,
@@ -147,6 +150,66 @@ def test_compiled_writes_over_its_input_and_serves_all_sizes_by_one_kernel() -> 
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("beta", [0.3, 10.0])  # in place only where β >= 1
+def test_compiled_leaves_its_input_alone_unless_it_may_not(context, beta: float, monkeypatch) -> None:
+    calls = []
+    for name in ("write_to", "write_over"):
+        kernel = compiled_softplus._kernels[name]
+        recorded = lambda *args, name=name, kernel=kernel: (calls.append(name), kernel(*args))  # noqa: E731
+        monkeypatch.setitem(compiled_softplus._kernels, name, recorded)
+    source = torch.randn(3, 4, 7, 5, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    expected = exact(source, float(torch.tensor(beta)))[0]
+    for inplace in (False, True):
+        with context():
+            x = source.clone()
+            value = centered_softplus(x, beta, inplace=inplace)
+        overwritten = inplace and beta >= 1
+        assert (value is x) == overwritten
+        assert torch.equal(x, source) != overwritten
+        assert value.stride() == source.stride()
+        torch.testing.assert_close(value.double(), expected, rtol=5e-7, atol=0)
+    assert calls == ["write_to", "write_over" if beta >= 1 else "write_to"]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_output_of_the_compiled_form_may_be_changed_in_place() -> None:
+    x = torch.randn(50, requires_grad=True)
+    centered_softplus(x, 3.0).mul_(2.0).sum().backward()
+    torch.testing.assert_close(x.grad.double(), 2 * exact(x.detach(), 3.0)[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_whoever_records_operations_sees_those_of_torch() -> None:
+    network, x = resnet18(5, width=4, low_curvature=True, input_size=(8, 8)).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(x)
+        folded = fold(network, x, batch_norm="fuse")  # conversion records operations
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+        with FlopCounterMode(display=False) as counter:
+            network(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, yet in use
+            traced = torch.jit.trace(CenteredSoftplus(10.0), x)
+        other = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(traced(other), centered_softplus(other, 10.0))
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.usefixtures("compiled")
+def test_switching_does_not_compile_again() -> None:
+    before = dict(compiled_softplus._kernels)
+    x, beta = torch.randn(9), torch.tensor(3.0)
+    use_compiled_softplus(False)
+    assert not compiled_softplus_in_use()
+    torch_value = centered_softplus(x, beta)
+    use_compiled_softplus()
+    assert compiled_softplus_in_use()
+    assert compiled_softplus._kernels == before
+    torch.testing.assert_close(centered_softplus(x, beta), torch_value)
+
+
+@pytest.mark.usefixtures("compiled")
 def test_layouts_with_gaps_and_second_derivatives_take_torch_operations() -> None:
     x = torch.randn(4, 6)[:, ::2]
     expected = exact(x, 4.0)[0]
@@ -165,10 +228,9 @@ def test_network_with_compiled_softplus_has_the_gradients_of_torch_operations() 
     other = copy.deepcopy(network)
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     network(x).square().sum().backward()
-    use = dict(compiled_softplus._kernels)
-    compiled_softplus._kernels.clear()
+    use_compiled_softplus(False)
     other(x).square().sum().backward()
-    compiled_softplus._kernels.update(use)
+    use_compiled_softplus()
     for (name, a), b in zip(network.named_parameters(), other.parameters(), strict=True):
         # 17 batch norms of few values amplify rounding
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=2e-3 * float(b.grad.abs().max()), msg=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,19 @@ from torch import Tensor
 
 from lightning_lcnn.functional import _softplus_kernels as formulas
 
-_kernels: dict[str, Callable[..., Any]] = {}  # empty: switched off
+_kernels: dict[str, Callable[..., Any]] = {}  # compiled at the first request and kept
+_in_use = False
+_RECOMPILE_LIMIT = 64  # torch compiles anew for another number of threads or another mode, and raises after 8 times
 
 
-@torch.no_grad()  # as in a custom autograd function: kernels belong to a state of autograd
 def use_compiled_softplus(enabled: bool = True) -> None:
-    """Compile the in-place centered softplus once, for every eager network in this process.
+    """Compile the centered softplus once, for every eager network in this process, or switch that off.
 
     ``torch.compile`` makes one pass over memory of its forward and of its backward: about a third of the time of
-    torch's own operations. It takes some seconds at the first call on a machine, which keeps
-    the result, and needs a C++ compiler. Serves float32 on the CPU wherever ``inplace`` is permitted, with one β;
-    everything else runs as before. A network that is compiled as a whole does not need it. Processes that are
-    spawned start without it.
+    torch's own operations. It takes some seconds at the first call on a machine, which keeps the result, and needs a
+    C++ compiler; to switch off and on again takes no time. Serves float32 on the CPU with one β: forward and backward
+    wherever ``inplace`` is permitted, elsewhere forward alone. Everything else runs as before. A network that is
+    compiled as a whole does not need it. Processes that are spawned start without it.
 
     Args:
         enabled: False returns to torch's own operations.
@@ -37,22 +39,11 @@ def use_compiled_softplus(enabled: bool = True) -> None:
         >>> compiled_softplus_in_use()
         False
     """
-    _kernels.clear()
-    if not enabled:
-        return
-    try:
-        _kernels.update({f.__name__: _compile(f) for f in (write_value, formulas.gradients, formulas.input_gradient)})
-        for size in (64, 96):
-            x, beta = torch.zeros(size), torch.ones(1)
-            value(x, beta)
-            gradients(x, x, beta, of_beta=True)
-            gradients(x, x, beta, of_beta=False)
-    except Exception as error:
-        _kernels.clear()
-        raise RuntimeError(
-            "`use_compiled_softplus` found no way to compile for the CPU here; torch.compile needs a C++ compiler "
-            f"such as g++. Leave the call out to run torch's own operations. The compiler said: {error}"
-        ) from error
+    global _in_use
+    _in_use = False
+    if enabled and not _kernels:
+        _compile_kernels()
+    _in_use = enabled
 
 
 def compiled_softplus_in_use() -> bool:
@@ -62,20 +53,30 @@ def compiled_softplus_in_use() -> bool:
         >>> compiled_softplus_in_use()
         False
     """
-    return bool(_kernels)
+    return _in_use
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels are there and take these tensors: float32, of one dense layout, more than one value."""
+    """Whether the kernels are in use and take these CPU tensors: float32, of one dense layout, more than one value."""
+    # whoever records operations (a FLOP counter, conversion, torch.jit.trace) can see into torch's own alone
+    if not _in_use or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return False
     first = tensors[0]
-    if not _kernels or first.dtype != torch.float32 or first.numel() < 2 or not is_dense(first):
+    if first.dtype != torch.float32 or first.numel() < 2 or not is_dense(first):
         return False
     return all(t.dtype == first.dtype and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
 
 
-def value(x: Tensor, beta: Tensor) -> None:
+def overwrite(x: Tensor, beta: Tensor) -> None:
     """Overwrite x with s(x; β)."""
-    _kernels["write_value"](_line(x), beta.detach().view(1))
+    _kernels["write_over"](_line(x), beta.detach().view(1))
+
+
+def value(x: Tensor, beta: Tensor) -> Tensor:
+    """s(x; β) in the layout of x."""
+    result = torch.empty_like(x)
+    _kernels["write_to"](_line(result), _line(x), beta.detach().view(1))
+    return result
 
 
 def gradients(grad: Tensor, output: Tensor, beta: Tensor, of_beta: bool) -> tuple[Tensor, Tensor | None]:
@@ -87,14 +88,38 @@ def gradients(grad: Tensor, output: Tensor, beta: Tensor, of_beta: bool) -> tupl
     return grad_x.as_strided(grad.shape, grad.stride()), grad_beta.view(beta.shape)
 
 
-def write_value(x: Tensor, beta: Tensor) -> None:
+def write_over(x: Tensor, beta: Tensor) -> None:
     """Compiled as a whole, so that nothing but x is written."""
     x.copy_(formulas.value(x, beta))
+
+
+def write_to(result: Tensor, x: Tensor, beta: Tensor) -> None:
+    """Compiled as a whole, so that nothing but the result is written."""
+    result.copy_(formulas.value(x, beta))
 
 
 def is_dense(a: Tensor) -> bool:
     """Whether the values lie in memory without gaps, in one of the two layouts of images."""
     return a.is_contiguous() or (a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last))
+
+
+@torch.no_grad()  # as in a custom autograd function: kernels belong to a state of autograd
+def _compile_kernels() -> None:
+    functions = write_over, write_to, formulas.gradients, formulas.input_gradient
+    try:
+        _kernels.update({f.__name__: _compile(f) for f in functions})
+        for size in (64, 96):
+            x, beta = torch.zeros(size), torch.ones(1)
+            overwrite(x, beta)
+            value(x, beta)
+            gradients(x, x, beta, of_beta=True)
+            gradients(x, x, beta, of_beta=False)
+    except Exception as error:
+        _kernels.clear()
+        raise RuntimeError(
+            "`use_compiled_softplus` found no way to compile for the CPU here; torch.compile needs a C++ compiler "
+            f"such as g++. Leave the call out to run torch's own operations. The compiler said: {error}"
+        ) from error
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +128,10 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {}
     if hasattr(config.cpp, "enable_floating_point_contract_flag"):  # a·b + c in one instruction
         options["cpp.enable_floating_point_contract_flag"] = "fast"
-    return torch.compile(function, options=options, fullgraph=True)
+    arguments: dict[str, Any] = {"options": options, "fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        arguments["recompile_limit"] = _RECOMPILE_LIMIT
+    return torch.compile(function, **arguments)
 
 
 def _line(a: Tensor) -> Tensor:
