@@ -115,7 +115,7 @@ SMALL: tuple[Case, ...] = (
     Case("torchvision squeezenet1_1", squeezenet, 48),
     Case("torchvision shufflenet_v2", lambda: tv.ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], 10)),
     Case("torchvision mobilenet_v2", lambda: tv.MobileNetV2(10, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]])),
-    Case("torchvision mobilenet_v3", mobilenet_v3, onnx=True),
+    Case("torchvision mobilenet_v3", mobilenet_v3),
     Case("torchvision regnet_x", partial(regnet, None)),
     Case("torchvision regnet_y", partial(regnet, 0.25)),
     Case("torchvision efficientnet_b0", efficientnet),
