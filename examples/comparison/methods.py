@@ -97,9 +97,15 @@ METHODS = {
             ),
         ),
         Method(
+            "lcnn-strong",  # the largest weight that cost no accuracy on the validation images of cifar10-small
+            low_curvature,
+            lambda options: [curvature_penalty(options)],
+            defaults={"weight": 0.02},
+        ),
+        Method(
             "gradient-norm",
             penalties=lambda options: [gradient_penalty(options)],
-            defaults={"gradient_weight": 0.01},
+            defaults={"gradient_weight": 0.003},
             grid=_grid("gradient_weight", 1e-3, 1e-2, 1e-1),
         ),
         Method(
@@ -108,6 +114,12 @@ METHODS = {
             lambda options: [curvature_penalty(options), gradient_penalty(options)],
             defaults={"gradient_weight": 0.003},
             grid=_grid("gradient_weight", 3e-3, 1e-2, 3e-2),
+        ),
+        Method(
+            "lcnn-strong+gradient-norm",
+            low_curvature,
+            lambda options: [curvature_penalty(options), gradient_penalty(options)],
+            defaults={"weight": 0.02, "gradient_weight": 0.003},
         ),
         Method(
             "lcnn+strong-gradient-norm",  # robustness before accuracy
@@ -133,6 +145,11 @@ METHODS = {
             callbacks=adversarial,
             defaults={"norm": "l2", "radius": 0.25, "steps": 3},
             grid=_grid("radius", 0.1, 0.25, 0.5),
+        ),
+        Method(
+            "adversarial-l2-0.1",
+            callbacks=adversarial,
+            defaults={"norm": "l2", "radius": 0.1, "steps": 3},
         ),
         Method(
             "adversarial-linf",
