@@ -105,7 +105,7 @@ METHODS = {
         Method(
             "gradient-norm",
             penalties=lambda options: [gradient_penalty(options)],
-            defaults={"gradient_weight": 0.003},
+            defaults={"gradient_weight": 0.01},
             grid=_grid("gradient_weight", 1e-3, 1e-2, 1e-1),
         ),
         Method(

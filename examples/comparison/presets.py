@@ -33,7 +33,7 @@ class Preset:
     attack_radii: tuple[float, ...]
     examples: int  # for curvature and stability
     attack_examples: int
-    options: dict[str, Options] = field(default_factory=dict)  # of each method, found by --search
+    options: dict[str, Options] = field(default_factory=dict)  # of a method, where they differ from its own defaults
 
     def make_network(self, num_classes: int) -> nn.Module:
         """The standard network, from which each method makes its own."""
@@ -57,6 +57,7 @@ PRESETS = {
         *("resnet18", 8, (0.5, 0.25), 12, 128, 0.1, 5e-4, True, 10_000, 2_000, "32-true"),
         examples=256,
         attack_examples=1000,
+        options={"gradient-norm": {"gradient_weight": 0.003}},  # that of lcnn+gradient-norm
         **CIFAR_RADII,
     ),
     "cifar10-resnet18": Preset(
