@@ -66,10 +66,10 @@ def weights_of(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and write to it, now and not after hours of work; raise ``OSError`` naming it."""
+    """Raise ``OSError`` naming the folder if it cannot be made or written to, now and not after hours; make nothing."""
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=present):
             pass
     except OSError as error:
         raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --output.") from error

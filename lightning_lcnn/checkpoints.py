@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lcnn._files import read_checkpoint, weights_of
 from lightning_lcnn.classifier import MARK, LitClassifier, Normalize
-from lightning_lcnn.networks import LIBRARIES, build_network, is_low_curvature
+from lightning_lcnn.networks import LIBRARIES, build_network, is_low_curvature, known_names
 
 RUN_FILES = ("network.pt", "checkpoints/last.ckpt", "last.ckpt")
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -68,6 +68,10 @@ def load_classifier(
         pretrained = build_network(name, pretrained=True, **described)
         return _loaded(pretrained, name, None, normalize or _statistics(pretrained))
     file = network_file(Path(source))
+    if not file.exists() and not file.suffix:
+        near = [known for known in known_names() if known.partition("/")[2] == str(source)]
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"there is no file {file}.{hint}")
     name = Path(source).resolve().name if Path(source).is_dir() else file.stem
     content = read_checkpoint(file, trust)
     if network is not None:
@@ -89,6 +93,8 @@ def load_classifier(
             f"{file} is a checkpoint of another LightningModule{of_class}; name its class with --model "
             "my_module.LitNet (model=...)."
         )
+    if written_by == _PLACE and import_class(model) is not LitClassifier:
+        raise ValueError(f"{file} is a checkpoint of LitClassifier and not of {model}; leave out --model (model=...).")
     return _loaded(_users_module(model, file, trust), name, file, normalize)
 
 
@@ -131,6 +137,8 @@ def lit_classifier(content: Mapping[str, Any], file: Path, trust: bool) -> LitCl
 def import_class(path: str) -> Any:
     """What ``"module.Class"`` names; raises ``ValueError`` where it cannot be imported."""
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"{path!r} cannot be imported: name it with its module, such as my_module.{name}.")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

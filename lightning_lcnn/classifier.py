@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ class LitClassifier(LCNNMixin, LightningModule):
         """Logits (B, num_classes) of images in [0, 1]."""
         return self.network(self.normalize(x))
 
+    def on_train_start(self) -> None:
+        """Refuse to go on beyond the schedule of the checkpoint, which has ended."""
+        schedule: Any = self.lr_schedulers()
+        planned = getattr(schedule, "total_steps", None)
+        if planned is not None and planned < self.trainer.estimated_stepping_batches:
+            raise ValueError(
+                f"the checkpoint's learning rate ends after {planned} steps, so it cannot go on for more epochs; start a "
+                "new run from its weights with --model.weights CHECKPOINT (weights=...)."
+            )
+
     def configure_penalties(self) -> list[Penalty]:
         """The penalties given, or the default of the network's form."""
         if self.penalties is not None:
@@ -149,7 +160,7 @@ class LitClassifier(LCNNMixin, LightningModule):
 
     def classifier(self) -> nn.Sequential:
         """Normalisation and network without Lightning, in evaluation mode; shares the weights."""
-        return nn.Sequential(self.normalize, self.network).eval()
+        return nn.Sequential(OrderedDict(normalize=self.normalize, network=self.network)).eval()
 
     def _measure(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, labels = batch

@@ -38,7 +38,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Load, measure, write, print."""
     options = _parser(command).parse_args(list(arguments))
     source = Path(options.source)
-    output = Path(options.output) if options.output else (source if source.is_dir() else Path("outputs") / source.stem)
+    output = Path(options.output) if options.output else source if source.is_dir() else Path("outputs") / stem(source)
     check_writable(output)
     loaded = load(options)
     size = options.size or (loaded.lit.image_shape[1] if loaded.lit else (options.image_shape or (3, 32, 32))[1])
@@ -47,7 +47,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     record = evaluate(
         loaded.module.to(options.device),
         *images.test_set.tensors,
-        name=options.name or _name(output, loaded.name),
+        name=options.name or _name(output, stem(source) if source.is_file() else loaded.name),
         examples=options.examples,
         attack_examples=options.attack_examples,
         stability_radii=options.stability_radii,
@@ -105,6 +105,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the whole record in place of a summary")
     add_network_options(parser)
     return parser
+
+
+def stem(source: Path) -> str:
+    """Name of a file, ``RUN-last`` for ``RUN/checkpoints/last.ckpt``: every run has one."""
+    in_run = source.parent.name == "checkpoints"
+    return f"{source.resolve().parent.parent.name}-{source.stem}" if in_run else source.stem
 
 
 def _name(output: Path, loaded: str) -> str:

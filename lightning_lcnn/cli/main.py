@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", ".*does not have many workers")
             # `fit` looks at its folder itself
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            # `test` and `validate` get Lightning's own checkpoint callback, which saves nothing
+            warnings.filterwarnings("ignore", "The dirpath has changed")
+            # Lightning's own use of torch
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
             if COMMANDS[command][0] == "training":
                 import_extra("jsonargparse", "cli")
             module = importlib.import_module(f"lightning_lcnn.cli.{COMMANDS[command][0]}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_lcnn.checkpoints import LoadedClassifier, load_classifier
 from lightning_lcnn.data import TORCHVISION, Digits, ImageData, ImageFolder, TorchvisionData
@@ -17,7 +18,15 @@ SOURCES: dict[str, type[ImageData]] = {cls.__name__: cls for cls in (Digits, Ima
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser whose description stays as it is written."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"lightning-lcnn {command}", description=description, formatter_class=formatter)
+    return _Parser(f"lightning-lcnn {command}", description=description, formatter_class=formatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all options)\n")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +115,10 @@ def _data_of_run(run: Path) -> ImageData:
 
 def numbers(text: str) -> list[float]:
     """Comma-separated positive numbers."""
-    return [float(part) for part in text.split(",") if part.strip()]
+    found = [float(part) for part in text.split(",") if part.strip()]
+    if not all(0 < number < math.inf for number in found):
+        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text}")
+    return found
 
 
 def positive(text: str) -> int:

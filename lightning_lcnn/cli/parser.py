@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 from typing import Any, NoReturn
@@ -10,8 +11,8 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-import lightning_lcnn.data  # noqa: F401  (its classes can then be named without their module)
-from lightning_lcnn.classifier import LitClassifier  # noqa: F401
+from lightning_lcnn.classifier import LitClassifier
+from lightning_lcnn.data import Digits, ImageFolder, TorchvisionData
 
 EXAMPLES = {
     "fit": """Train a network. Everything can be in a YAML file (--config), on the command line, or both.
@@ -29,6 +30,7 @@ Options of a class: --model.help LitClassifier, --data.help ImageFolder. All of 
 
   lightning-lcnn test --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
 }
+_DATA = (Digits, ImageFolder, TorchvisionData)
 _BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -55,8 +57,21 @@ def _one_line(message: str) -> str:
     given = re.search(r"Given value: ([\w.]+)$", message.strip())
     if key and given and key[1] in _BASES:
         return unknown_class(key[1], given[1], message)
+    refused = re.search(r"[Oo]ption '(\w+)' is not accepted", message)
+    if refused:
+        return unknown_option(refused[1])
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    return "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
+    return "; ".join(lines[:3]).replace(":;", ":") + (" ..." if len(lines) > 3 else "")
+
+
+def unknown_option(name: str) -> str:
+    """Message for an option that a class does not take, or that comes before its class is named."""
+    known = {option for cls in (LitClassifier, *_DATA) for option in inspect.signature(cls).parameters}
+    if name in known:
+        return f"option {name!r} is not accepted here: name its class first, such as --model LitClassifier."
+    near = difflib.get_close_matches(name, sorted(known), n=2)
+    hint = f": did you mean {' or '.join(near)}?" if near else "."
+    return f"option {name!r} is not accepted{hint} --model.help LitClassifier lists the options of a class."
 
 
 def unknown_class(key: str, name: str, message: str) -> str:

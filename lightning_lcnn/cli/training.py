@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_lcnn._files import check_writable, write_json, written_whole
 from lightning_lcnn.callbacks import CurvatureMonitor
+from lightning_lcnn.checkpoints import import_class
 from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.cli.history import History
 from lightning_lcnn.cli.parser import EXAMPLES, TrainingParser
@@ -32,9 +33,12 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write it on the first process."""
-        with written_whole(Path(self.config.output) / "config.yaml") as partial:
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True)
+        """Write it on the first process, without ``--ckpt_path last``: it repeats the run from its start."""
+        config = self.config.clone()
+        if config.ckpt_path == "last":
+            config.ckpt_path = None
+        with written_whole(Path(config.output) / "config.yaml") as partial:
+            self.parser.save(config, partial, skip_none=False, overwrite=True)
 
 
 class TrainingCLI(LightningCLI):
@@ -56,7 +60,10 @@ class TrainingCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
             trainer_defaults={"max_epochs": 30},  # Lightning's own default of 1000 would spread the one-cycle schedule
             seed_everything_default=0,
-            parser_kwargs={name: {"description": EXAMPLES[name]} for name in self.subcommands()},
+            parser_kwargs={
+                "prog": "lightning-lcnn",
+                **{name: {"description": EXAMPLES[name]} for name in self.subcommands()},
+            },
         )
 
     @staticmethod
@@ -69,6 +76,17 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse without Lightning's warning that there are arguments of the process too."""
         self.config = parser.parse_args(args)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyperparameters from the checkpoint, as Lightning does, if the class is the same."""
+        command = self.config.get("subcommand")
+        given = self.config.get(f"{command}.model.class_path")
+        super()._parse_ckpt_path()
+        of_checkpoint = self.config.get(f"{command}.model.class_path")
+        if given != of_checkpoint and import_class(given) is not import_class(of_checkpoint):
+            file = self.config.get(f"{command}.ckpt_path")
+            raise ValueError(f"{file} is a checkpoint of {of_checkpoint}, and the model is {given}.")
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -157,7 +175,9 @@ class TrainingCLI(LightningCLI):
             "resumed": self._get(self.config, "ckpt_path") is not None,
         }
         write_json(output / "run.json", record)
-        print(f"The run is in {output}. Measure it: lightning-lcnn evaluate {output}", file=sys.stderr)
+        cls = type(self.model)
+        model = "" if isinstance(self.model, LitClassifier) else f" --model {cls.__module__}.{cls.__qualname__}"
+        print(f"The run is in {output}. Measure it: lightning-lcnn evaluate {output}{model}", file=sys.stderr)
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -77,10 +77,11 @@ def layer_values(method: Method, quantity: str) -> dict[str, float]:
             continue
         seen: dict[str, int] = {}
         for layer in layers:
-            seen[layer["name"]] = use = seen.get(layer["name"], 0) + 1
+            name = layer["name"].removeprefix("network.")  # of LitClassifier
+            seen[name] = use = seen.get(name, 0) + 1
             value = layer.get(quantity)
             if is_number(value) and abs(value - base) > tolerance:
-                name = layer["name"] if use == 1 else f"{layer['name']} ({use})"
+                name = name if use == 1 else f"{name} ({use})"
                 found.setdefault(name, []).append(value if quantity == "slope" else 100 * value)
     return {name: statistics.fmean(values) for name, values in found.items()}
 

@@ -80,12 +80,12 @@ def _last_values(history: History, prefix: str) -> dict[str, float]:
     for column, values in history.items():
         numbers = [value for value in values if math.isfinite(value)]
         if column.startswith(prefix) and numbers:
-            ends[column.removeprefix(prefix).removeprefix("network.")] = numbers[-1]  # as the bounds name layers
+            ends[column.removeprefix(prefix)] = numbers[-1]
     return ends
 
 
 def _positive(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if is_number(value) and value > 0}
+    return {name.removeprefix("network."): value for name, value in values.items() if is_number(value) and value > 0}
 
 
 def _wide(figure: Figure, key: str, alt: str, words: str) -> Html:

@@ -71,6 +71,8 @@ def _read(path: Path, images: Tensor | None, labels: Tensor | None, network: nn.
         try:
             network = load_classifier(path if folder is None else folder, trust=trust).module
         except (OSError, ValueError, ImportError) as error:
+            if record is None and isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(f"{path} holds no {RECORD}, and nothing to measure: {error}") from error
             if record is None and images is not None:
                 raise
             notes = (f"no input gradients: {error}",)

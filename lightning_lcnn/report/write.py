@@ -116,8 +116,7 @@ def _check(sources: Sequence[str | Path], output: Path, images: Tensor | None, l
         raise ValueError("`sources` must hold at least one evaluation.json, run folder or checkpoint, got none.")
     if output.is_dir():
         raise IsADirectoryError(f"`output` must be a file, {output} is a folder; try {output / 'report.html'}.")
-    parent = next(path for path in (output.absolute().parent, *output.absolute().parents) if path.exists())
-    check_writable(parent)  # before the work, not after it
+    check_writable(output.parent)  # before the work, not after it
     if (images is None) != (labels is None):
         raise ValueError("`images` and `labels` must be given together.")
     if images is None or labels is None:
