@@ -120,8 +120,8 @@ class LitClassifier(LCNNMixin, LightningModule):
         planned = getattr(schedule, "total_steps", None)
         if planned is not None and planned < self.trainer.estimated_stepping_batches:
             raise ValueError(
-                f"the checkpoint's learning rate ends after {planned} steps, so it cannot go on for more epochs; start a "
-                "new run from its weights with --model.weights CHECKPOINT (weights=...)."
+                f"the checkpoint's learning rate ends after {planned} steps, so it cannot go on for more epochs; "
+                "start a new run from its weights with --model.weights CHECKPOINT (weights=...)."
             )
 
     def configure_penalties(self) -> list[Penalty]:
