@@ -162,6 +162,9 @@ def test_interrupted_fit_goes_on(folder, users_module, capsys):
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
     assert [p.name for p in (folder / "run/checkpoints").iterdir()] == ["last.ckpt"]
+    assert "ckpt_path: null" in (folder / "run/config.yaml").read_text()  # it repeats the run elsewhere
+    longer = [*fit[:-1], "--trainer.max_epochs=3", "--ckpt_path=last"]
+    assert "learning rate ends after 4 steps" in fails(capsys, longer)
 
 
 def test_going_on_needs_a_run(folder, capsys):
@@ -277,10 +280,16 @@ def test_weights_alone_need_their_network(runs, folder, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
-def test_users_module_is_trained_measured_and_converted(folder, users_module, capsys):
+def test_users_module_is_trained_measured_and_converted(folder, users_module, runs, capsys):
     fit = ["fit", "--model=my_module.LitNet", "--data=Digits", "--output=run", *QUIET, "--trainer.max_epochs=1"]
     assert main([*fit, "--model.hidden=5", "--trainer.accelerator=cpu"]) == 0
     file = "run/checkpoints/last.ckpt"
+    assert "lightning-lcnn evaluate run --model my_module.LitNet" in capsys.readouterr().err
+    ours, config = str(runs / "low/checkpoints/last.ckpt"), str(runs / "low/config.yaml")
+    line = fails(capsys, ["test", "--config", config, "--ckpt_path", file, *QUIET])
+    assert "is a checkpoint of my_module.LitNet, and the model is lightning_lcnn." in line
+    line = fails(capsys, ["evaluate", ours, "--model=my_module.LitNet", "--data=digits"])
+    assert "is a checkpoint of LitClassifier and not of my_module.LitNet; leave out --model" in line
     named = "is a checkpoint of another LightningModule, my_module.LitNet; name its class with --model"
     assert named in fails(capsys, ["evaluate", file, "--data=digits"])
     assert main(["evaluate", file, "--data=digits", "--model=my_module.LitNet", *FEW, "--output=out"]) == 0
@@ -366,6 +375,11 @@ def test_wrong_class_of_checkpoint(folder, users_module, runs, capsys):
         (["evaluate", "damaged.ckpt"], 1, "damaged.ckpt cannot be read: it is damaged or no file of torch.save"),
         (["evaluate", "empty.ckpt"], 1, "empty.ckpt cannot be read"),
         (["evaluate", "a", "--examples=0"], 2, "argument --examples: must be at least 1, got 0"),
+        (["evaluate", "a", "--attack_radii=-1"], 2, "argument --attack_radii: must be positive numbers, got -1"),
+        (["fit", "--config=misspelt.yaml"], 2, "'low_curvatur' is not accepted: did you mean low_curvature?"),
+        (["fit", "--model.network=resnet18", *SMALL], 2, "name its class first, such as --model LitClassifier"),
+        (["report", "nothing"], 1, "nothing holds no evaluation.json, and nothing to measure"),
+        (["convert", "resnet18", "--output=new.ckpt"], 1, "no file resnet18. Did you mean torchvision/resnet18"),
         (["convert", "nowhere.ckpt"], 2, "the following arguments are required: --output"),
         (["convert", "nowhere.ckpt", "--output=new.ckpt"], 1, "there is no file nowhere.ckpt"),
         (["convert", "damaged.ckpt", "--output=damaged.ckpt"], 1, "is SOURCE itself; choose another file"),
@@ -377,8 +391,10 @@ def test_mistakes(folder, capsys, arguments, code, message):
     (folder / "damaged.ckpt").write_bytes(b"no checkpoint")
     (folder / "empty.ckpt").touch()
     (folder / "nothing").mkdir()
+    model = {"class_path": "LitClassifier", "init_args": {"low_curvatur": True}}
+    (folder / "misspelt.yaml").write_text(json.dumps({"model": model, "data": "Digits"}))
     assert message in fails(capsys, arguments, code)
-    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["damaged.ckpt", "empty.ckpt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["damaged.ckpt", "empty.ckpt", "misspelt.yaml", "nothing"]
 
 
 def test_images_that_cannot_be_used(folder, capsys):

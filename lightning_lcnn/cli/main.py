@@ -25,7 +25,11 @@ COMMANDS = {
 }
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MisconfigurationException)
 # how jsonargparse wraps what a class raised
-_WRAPPERS = ("Does not validate against any of the Union subtypes", "Call to compute_fn of link")
+_WRAPPERS = (
+    "Does not validate against any of the Union subtypes",
+    "Call to compute_fn of link",
+    "Problem with given class_path",
+)
 
 HELP = """usage: lightning-lcnn COMMAND [options]
 
