@@ -190,6 +190,7 @@ def _with_power_iteration(module: LCNNMixin, callbacks: Any) -> list[Any]:
     This is the first hook of every run, so the penalties of the last run end here.
     """
     module._lcnn_penalties = None
+    module._lcnn_in_step = False  # there from the first step on, or a compiled step would be compiled twice
     callbacks = [] if callbacks is None else callbacks
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     trainer = getattr(module, "_trainer", None)
