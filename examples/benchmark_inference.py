@@ -2,6 +2,7 @@
 
     python examples/benchmark_inference.py [--size WIDTH:BATCH ...] [--compile] [--device cuda --bf16] ...
 
+"compiled softplus" are rows of eager networks with :func:`lightning_lcnn.functional.use_compiled_softplus`.
 Prints a Markdown table; ratios are medians over the rounds of the ratio to the plain network in the same round.
 """
 
@@ -16,6 +17,7 @@ from benchmarking import arguments, interleaved_seconds, peak_memory, print_tabl
 from torch import nn
 
 from lightning_lcnn import fold
+from lightning_lcnn.functional import use_compiled_softplus
 from lightning_lcnn.layers import CenteredSoftplus
 from lightning_lcnn.models import resnet18
 
@@ -46,7 +48,7 @@ def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Call
     }
     with_relu(networks["ReLU, batch norm fused"])
 
-    def task(network: nn.Module) -> Callable[[], torch.Tensor]:
+    def task(network: nn.Module, kernels: bool = False) -> Callable[[], torch.Tensor]:
         network = network.to(options.device).eval()
         if options.channels_last:
             network = network.to(memory_format=torch.channels_last)
@@ -54,6 +56,7 @@ def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Call
 
         @torch.inference_mode()
         def run() -> torch.Tensor:
+            use_compiled_softplus(kernels)  # of the whole process, so every task sets it
             with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
                 return called(images)
 
@@ -61,7 +64,11 @@ def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Call
 
     if options.channels_last:
         images = images.to(memory_format=torch.channels_last)
-    return {name: task(network) for name, network in networks.items()}
+    tasks = {name: task(network) for name, network in networks.items()}
+    if not options.compile and options.device == "cpu":
+        for name in ("low curvature", "folded", "folded, batch norm fused"):
+            tasks[f"{name}, compiled softplus"] = task(networks[name], kernels=True)
+    return tasks
 
 
 def measure(options: argparse.Namespace, width: int, batch: int) -> str:
