@@ -88,10 +88,11 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 of a decade where there is room."""
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 of a decade or, of a short axis, at all."""
     ticker = import_extra("matplotlib.ticker", "plot")
     low, high = axis.get_view_interval()
-    crowded = math.log10(high / low) > 3
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0,) if crowded else (1.0, 2.0, 5.0)))
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -57,7 +57,7 @@ def training_curves(
         look = style[name] | ({"marker": ""} if len(rows) > 25 else {})
         axes.plot(x, [history[column][row] for row in rows], label=None if name in known else name, **look)
         known.add(name)
-    axes.xaxis.set_major_locator(import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(import_extra("matplotlib.ticker", "plot").MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel=clock or "row of the history", ylabel=label or column, yscale=scale)
     if scale == "log":
         plain_numbers(axes.yaxis)
