@@ -201,7 +201,8 @@ class _TracedNormalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(grad, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[:3]), None, None, None)
+        x, weight, mean, gain = ctx.saved_tensors
+        return (*_gradients(grad, x, weight, mean, gain, ctx.eps, ctx.needs_input_grad[:3]), None, None, None)
 
 
 def _gradients(
