@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
@@ -69,9 +70,7 @@ def load_classifier(
         return _loaded(pretrained, name, None, normalize or _statistics(pretrained))
     file = network_file(Path(source))
     if not file.exists() and not file.suffix:
-        near = [known for known in known_names() if known.partition("/")[2] == str(source)]
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise FileNotFoundError(f"there is no file {file}.{hint}")
+        raise FileNotFoundError(f"there is no file {file}.{_name_hint(str(source))}")
     name = Path(source).resolve().name if Path(source).is_dir() else file.stem
     content = read_checkpoint(file, trust)
     if network is not None:
@@ -96,6 +95,17 @@ def load_classifier(
     if written_by == _PLACE and import_class(model) is not LitClassifier:
         raise ValueError(f"{file} is a checkpoint of LitClassifier and not of {model}; leave out --model (model=...).")
     return _loaded(_users_module(model, file, trust), name, file, normalize)
+
+
+def _name_hint(name: str) -> str:
+    """How to write the name of a network, which this may have been meant to be."""
+    if "/" in name:
+        return ""
+    known = [full for full in known_names() if "/" in full]
+    close = difflib.get_close_matches(name, {full.partition("/")[2] for full in known}, n=1)
+    near = [full for full in known if full.partition("/")[2] in close]
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{meant} Networks of libraries are written torchvision/NAME or timm/NAME."
 
 
 def network_file(source: Path) -> Path:

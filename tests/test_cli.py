@@ -380,6 +380,7 @@ def test_wrong_class_of_checkpoint(folder, users_module, runs, capsys):
         (["fit", "--model.network=resnet18", *SMALL], 2, "name its class first, such as --model LitClassifier"),
         (["report", "nothing"], 1, "nothing holds no evaluation.json, and nothing to measure"),
         (["convert", "resnet18", "--output=new.ckpt"], 1, "no file resnet18. Did you mean torchvision/resnet18"),
+        (["convert", "resnet81", "--output=new.ckpt"], 1, "no file resnet81. Did you mean torchvision/resnet18"),
         (["convert", "nowhere.ckpt"], 2, "the following arguments are required: --output"),
         (["convert", "nowhere.ckpt", "--output=new.ckpt"], 1, "there is no file nowhere.ckpt"),
         (["convert", "damaged.ckpt", "--output=damaged.ckpt"], 1, "is SOURCE itself; choose another file"),
