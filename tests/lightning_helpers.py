@@ -32,6 +32,10 @@ FILTERS = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)` but the `self.trainer` reference"),
 ]
 
+COMPILER_WARNINGS = pytest.mark.filterwarnings(  # inside torch's compiler and exporter
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+
 
 def small_net(seed: int = 0, gamma: float = 0.5) -> nn.Sequential:
     """Convolution, batch norm, activation, linear layer; for inputs (B, 1, 6, 6) and 3 classes."""

@@ -13,7 +13,7 @@ from lightning_lcnn.callbacks import PowerIteration
 from lightning_lcnn.layers import update_spectral_norm
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.models import resnet18
-from tests.lightning_helpers import FILTERS, loader, plain_classifier, trainer
+from tests.lightning_helpers import COMPILER_WARNINGS, FILTERS, loader, plain_classifier, trainer
 
 pytestmark = FILTERS
 Plain = plain_classifier()
@@ -74,9 +74,7 @@ def losses(compiling: bool, seen: list[list[int]]) -> tuple[list[float], list[in
     return values, counts
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@COMPILER_WARNINGS
 def test_compiled_lightning_module_has_the_network_in_one_graph_and_is_compiled_once() -> None:
     torch.compiler.reset()
     seen: list[list[int]] = []

@@ -15,6 +15,7 @@ from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurePenalty, CurvaturePenalty, GradientNormPenalty, Penalty
 from tests.lightning_helpers import (
+    COMPILER_WARNINGS,
     FILTERS,
     PACKAGES,
     examples,
@@ -286,9 +287,7 @@ def test_equal_names_are_numbered() -> None:
         torch.testing.assert_close(logged[f"lcnn/{stem}_penalty{'_2' if key.endswith('_2') else ''}"], value.detach())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@COMPILER_WARNINGS
 @pytest.mark.parametrize("where", ["module", "network"])
 def test_compiled(where: str) -> None:
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from lightning_lcnn.functional import logit_margin, target_logit
 from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm1d, SpectralConv2d, SpectralLinear
 from lightning_lcnn.models import resnet18
 from lightning_lcnn.penalties import GradientNormPenalty, Penalty
-from tests.lightning_helpers import examples, small_net
+from tests.lightning_helpers import COMPILER_WARNINGS, examples, small_net
 
 OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": lambda logits, target: F.cross_entropy(logits, target, reduction="none"),
@@ -299,9 +299,7 @@ def test_half_precision() -> None:
         difference(net.bfloat16(), x.bfloat16(), target)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@COMPILER_WARNINGS
 def test_compiled_networks() -> None:
     torch._dynamo.reset()
     net, (x, target) = small_net(), examples()

@@ -17,6 +17,7 @@ from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 from tests.by_hand import WEIGHT, Low, Module, Plain, assert_equal_to_hand, fit, steps_by_hand
 from tests.lightning_helpers import (
+    COMPILER_WARNINGS,
     FILTERS,
     PACKAGES,
     examples,
@@ -202,9 +203,7 @@ def test_copies_pickles_and_saved_models() -> None:
         assert torch.equal(twin.training_step(batch, 0), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@COMPILER_WARNINGS
 @pytest.mark.parametrize("where", ["module", "step"])
 def test_compiled(where: str) -> None:
     torch._dynamo.reset()

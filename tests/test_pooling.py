@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lcnn.functional import log_mean_exp_pool2d
 from lightning_lcnn.layers import LogMeanExpPool2d
+from tests.lightning_helpers import COMPILER_WARNINGS
 
 WINDOWS = [(2, None, 0), (3, 2, 1), ((2, 3), (1, 2), (0, 1)), (3, 3, 0)]
 
@@ -74,7 +75,7 @@ def test_exports() -> None:
     torch.testing.assert_close(torch.export.export(pool, (x,)).module()(x), pool(x))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@COMPILER_WARNINGS
 def test_exports_to_onnx_with_padding() -> None:
     pool, x = LogMeanExpPool2d(3, 2, 1), torch.randn(1, 2, 5, 5)
     program = torch.onnx.export(pool, (x,), dynamo=True, verbose=False)

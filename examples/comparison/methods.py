@@ -71,6 +71,16 @@ def gradient_penalty(options: Options) -> GradientNormPenalty:
     return GradientNormPenalty(options["gradient_weight"], mode=options.get("gradient_mode", "exact"))
 
 
+def lcnn_penalties(options: Options) -> list[Penalty]:
+    """Curvature alone."""
+    return [curvature_penalty(options)]
+
+
+def both_penalties(options: Options) -> list[Penalty]:
+    """Curvature and gradient norm."""
+    return [curvature_penalty(options), gradient_penalty(options)]
+
+
 def adversarial(options: Options) -> list[L.Callback]:
     """Projected gradient descent of torchattacks, with the step of Madry et al. (2018)."""
     radius, steps, norm = float(options["radius"]), int(options["steps"]), str(options["norm"])
@@ -90,7 +100,7 @@ METHODS = {
         Method(
             "lcnn",
             low_curvature,
-            lambda options: [curvature_penalty(options)],
+            lcnn_penalties,
             grid=(
                 *_grid("weight", 1e-2, 3e-2, 1e-1, 3e-3, 0.0),
                 *_grid("weight", 1e-2, 3e-2, mode="log_hessian"),
@@ -99,7 +109,7 @@ METHODS = {
         Method(
             "lcnn-strong",  # the largest weight that cost no accuracy on the validation images of cifar10-small
             low_curvature,
-            lambda options: [curvature_penalty(options)],
+            lcnn_penalties,
             defaults={"weight": 0.02},
         ),
         Method(
@@ -111,20 +121,20 @@ METHODS = {
         Method(
             "lcnn+gradient-norm",
             low_curvature,
-            lambda options: [curvature_penalty(options), gradient_penalty(options)],
+            both_penalties,
             defaults={"gradient_weight": 0.003},
             grid=_grid("gradient_weight", 3e-3, 1e-2, 3e-2),
         ),
         Method(
             "lcnn-strong+gradient-norm",
             low_curvature,
-            lambda options: [curvature_penalty(options), gradient_penalty(options)],
+            both_penalties,
             defaults={"weight": 0.02, "gradient_weight": 0.003},
         ),
         Method(
             "lcnn+strong-gradient-norm",  # robustness before accuracy
             low_curvature,
-            lambda options: [curvature_penalty(options), gradient_penalty(options)],
+            both_penalties,
             defaults={"gradient_weight": 0.01},
         ),
         Method(
@@ -160,7 +170,7 @@ METHODS = {
         Method(
             "lcnn-fine-tuned",
             low_curvature,
-            lambda options: [curvature_penalty(options)],
+            lcnn_penalties,
             defaults={"learning_rate": 0.02},
             grid=(*_grid("learning_rate", 0.01, 0.03, 0.1), *_grid("learning_rate", 0.03, beta=30.0)),
             start="standard",

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_lcnn.classifier import LitClassifier
-from lightning_lcnn.data import Digits, ImageFolder, TorchvisionData
+from lightning_lcnn.cli.options import SOURCES
 
 EXAMPLES = {
     "fit": """Train a network. Everything can be in a YAML file (--config), on the command line, or both.
@@ -30,7 +30,6 @@ Options of a class: --model.help LitClassifier, --data.help ImageFolder. All of 
 
   lightning-lcnn test --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
 }
-_DATA = (Digits, ImageFolder, TorchvisionData)
 _BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
 
 
@@ -66,7 +65,8 @@ def _one_line(message: str) -> str:
 
 def unknown_option(name: str) -> str:
     """Message for an option that a class does not take, or that comes before its class is named."""
-    known = {option for cls in (LitClassifier, *_DATA) for option in inspect.signature(cls).parameters}
+    classes: list[type] = [LitClassifier, *SOURCES.values()]
+    known = {option for cls in classes for option in inspect.signature(cls).parameters}
     if name in known:
         return f"option {name!r} is not accepted here: name its class first, such as --model LitClassifier."
     near = difflib.get_close_matches(name, sorted(known), n=2)
