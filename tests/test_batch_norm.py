@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_lcnn.functional import clip_factor
-from lightning_lcnn.functional.batch_norm import channel_variance
+from lightning_lcnn.functional.batch_norm import _moments_by_rows, channel_variance
 from lightning_lcnn.layers import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 
 CASES = [
@@ -132,6 +132,65 @@ def test_one_pass_equals_two(affine: bool, memory_format, monkeypatch: pytest.Mo
     for a, b in zip(one_pass, run(), strict=True):
         torch.testing.assert_close(a, b)
     assert one_pass[0].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gamma", [0.5, 1e6])
+@pytest.mark.parametrize("shape", [(64, 3, 16, 16), (9, 3, 8, 8, 10), (32, 3, 200)])
+def test_large_batches_against_torch_in_float64(shape: tuple[int, ...], gamma: float, affine: bool) -> None:
+    kind = {3: LipschitzBatchNorm1d, 4: LipschitzBatchNorm2d, 5: LipschitzBatchNorm3d}[len(shape)]
+    layer = randomised(kind(3, affine=affine, gamma=gamma))
+    reference = copy.deepcopy(layer).double()
+    x = (torch.randn(shape) * 3 + 2).requires_grad_()
+    grad = torch.randn(shape)
+    exact_x = x.detach().double().requires_grad_()
+    variance = exact_x.detach().transpose(0, 1).flatten(1).var(1, correction=0)
+    running = [reference.running_mean.clone(), reference.running_var.clone()]
+    factor = clip_factor(
+        ((1 if not affine else reference.weight.abs()) / (variance + layer.eps).sqrt()).max(), reference.gamma
+    )
+    weight = torch.ones(3, dtype=torch.float64) if not affine else reference.weight
+    exact = torch.nn.functional.batch_norm(
+        exact_x, *running, weight * factor, None if not affine else reference.bias * factor, True, 0.1, layer.eps
+    )
+    y = layer(x)
+    assert _moments_by_rows(x.detach()) is not None  # the way that is tested
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    y.backward(grad)
+    exact.backward(grad.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-6)
+    for name, parameter in layer.named_parameters():
+        wanted = reference.get_parameter(name).grad
+        if gamma > 1 and name == "log_gamma":
+            assert not parameter.grad.any()
+        else:
+            torch.testing.assert_close(parameter.grad.double(), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.running_mean.double(), running[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), running[1], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 1e3), (1e-3, 1.0), (1e20, 0.0), (0.0, 3.0), (1.0, math.inf)])
+def test_large_batches_whose_raw_moments_would_be_wrong(scale: float, offset: float) -> None:
+    x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * scale + offset
+    assert _moments_by_rows(x) is None
+    layer, reference = LipschitzBatchNorm2d(3, gamma=1e9), nn.BatchNorm2d(3)
+    torch.testing.assert_close(layer(x), reference(x), equal_nan=True)
+    torch.testing.assert_close(layer.running_var, reference.running_var, equal_nan=True)
+
+
+def test_large_batches_of_dead_channels() -> None:
+    x = torch.zeros(64, 3, 16, 16)
+    assert torch.equal(LipschitzBatchNorm2d(3)(x), x)
+
+
+def test_second_derivatives_of_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_lcnn.functional.batch_norm._MIN_VALUES", 1)
+    monkeypatch.setattr("lightning_lcnn.functional.batch_norm._MIN_ROW", 1)
+    layer = randomised(LipschitzBatchNorm2d(3, gamma=1e6)).double()
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert _moments_by_rows(x.detach()) is not None
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))
 
 
 def test_gamma_receives_a_gradient_where_it_equals_the_slope() -> None:
