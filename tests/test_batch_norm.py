@@ -101,7 +101,9 @@ def test_gradgradcheck_in_both_modes() -> None:
             assert torch.autograd.gradcheck(function, arguments)
             assert torch.autograd.gradgradcheck(function, arguments)
         else:
-            assert torch.autograd.gradcheck(lambda *a, x=x: function(x.detach(), *a), arguments[1:])
+            of_parameters = lambda *a, x=x: function(x.detach(), *a)  # noqa: E731
+            assert torch.autograd.gradcheck(of_parameters, arguments[1:])
+            assert torch.autograd.gradgradcheck(of_parameters, arguments[1:])
 
 
 def test_both_gradients_of_training_mode_where_nothing_is_clipped() -> None:
