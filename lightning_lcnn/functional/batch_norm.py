@@ -162,8 +162,10 @@ def clipped_batch_norm(
     """
     if not is_compiling_for_training():
         return _ClippedBatchNorm.apply(x, weight, bias, gamma, running_mean, running_var, momentum, eps)
-    with torch.no_grad():  # the compiler drops the value, and computes it where it fits in
-        _, mean, gain = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    with torch.no_grad():
+        mean, variance = _moments_by_two_passes(x)
+        gain = torch.rsqrt(variance + eps)
+        _update_running(running_mean, running_var, mean, variance, momentum, x.numel() // x.shape[1])
     weight, bias = _clipped_affine(weight, bias, gain, gamma)
     return _TracedNormalized.apply(x, weight, bias, mean, gain, eps)
 
@@ -196,6 +198,29 @@ def _moments_by_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return mean.to(x.dtype), variance.to(x.dtype)
 
 
+def _moments_by_two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the compiler, whose own batch norm takes one pass of many divisions and more time."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = values.mean(dims)
+    centre = stored(mean).view(-1, *[1] * (x.ndim - 2))
+    return mean, (values - centre).square().mean(dims)
+
+
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """As torch's kernel does, with the unbiased variance."""
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
 class _ClippedBatchNorm(torch.autograd.Function):
     """All of it in one node, whose few numbers besides the values are read once."""
 
@@ -217,10 +242,7 @@ class _ClippedBatchNorm(torch.autograd.Function):
         else:
             mean, variance = moments
             gain = torch.rsqrt(variance + eps)
-            if running_mean is not None and running_var is not None:
-                count = x.numel() // x.shape[1]
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+            _update_running(running_mean, running_var, mean, variance, momentum, x.numel() // x.shape[1])
         slope, limit = (gain if weight is None else gain * weight.abs()).max().item(), gamma.item()
         ctx.clipped = slope >= limit
         ctx.factor, ctx.slope, ctx.eps = limit / slope if ctx.clipped else 1.0, slope, eps
