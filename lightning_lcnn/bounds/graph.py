@@ -90,10 +90,10 @@ class CurvatureGraph:
         """
         slopes, bends = self._leaf_values()
         segments, contributions = self._recursion.contributions(slopes, bends)
-        log_slope, log_curvature = self._recursion.run(segments, contributions)
+        log_slope, log_curvature = self._recursion.totals(segments, contributions)
         return Surrogate(
-            log_slope=log_slope[-1],
-            log_curvature=log_curvature[-1],
+            log_slope=log_slope,
+            log_curvature=log_curvature,
             layers=tuple(step.name for step in self._slope_leaves),
             layer_log_slopes=slopes,
             activations=tuple(step.name for step in self._uses),
@@ -162,10 +162,10 @@ def shares(recursion: Recursion, segments: Tensor, contributions: Tensor) -> Ten
     """
     with torch.enable_grad():
         contributions = contributions.clone().requires_grad_()
-        _, log_curvature = recursion.run(segments, contributions)
+        _, log_curvature = recursion.totals(segments, contributions)
         if contributions.numel() == 0:
             return contributions.detach()
-        return torch.autograd.grad(log_curvature[-1], contributions)[0]
+        return torch.autograd.grad(log_curvature, contributions)[0]
 
 
 def _fixed_or_leaf(value: Number, step: Step, leaves: list[Step]) -> float | Leaf:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_lcnn.functional._eager import needs_composite, on_plain_cpu
 
 _ZERO = -1e30  # logarithm of zero that survives float32 arithmetic without NaN
 
@@ -42,6 +45,19 @@ class _Segment:
     steps: list[int] = field(default_factory=list)
 
 
+_Parts = tuple[tuple[int, float], ...]  # numbers of values, and coefficients
+_Terms = tuple[tuple[_Parts, float], ...]  # with offsets
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Value number ``result`` is scale · log Σ exp(Σ coefficient · value + offset)."""
+
+    result: int
+    terms: _Terms
+    scale: float = 1.0
+
+
 class Recursion:
     """The recursion of one graph, compiled once; all its state is small constant tensors.
 
@@ -58,6 +74,7 @@ class Recursion:
         self.segments = self._split(compress)
         self.occurrences: list[int] = []  # steps with curvature, as the contributions are ordered
         self._tables(num_slopes)
+        self._rules = self._program()
 
     def _split(self, compress: bool) -> list[_Segment]:
         users = [0] * len(self.nodes)
@@ -129,6 +146,38 @@ class Recursion:
         bends = torch.cat([bends, bends.new_zeros(1)])
         return (slope_rows * slopes).sum(1), (bend_rows * slopes).sum(1) + bends[bend_index]
 
+    def _program(self) -> list[_Rule]:
+        """What follows from what, in order: slopes of steps, their curvatures, slopes of segments, their curvatures."""
+        n, rules = len(self.nodes), []
+        segment = 2 * n
+        for entry in self.plan:
+            if isinstance(entry, _Segment):
+                last, source = entry.steps[-1], entry.source
+                s, c = segment, segment + len(self.segments)
+                segment += 1
+                slope: _Parts = ((source, 1.0), (s, 1.0))
+                after: _Terms = (((n + source, 1.0), (s, 1.0)), 0.0), (((source, 2.0), (c, 1.0)), 0.0)
+                if source == 0:  # the network's input has slope 1 and no curvature
+                    slope, after = ((s, 1.0),), ((((c, 1.0),), 0.0),)
+                rules += [_Rule(last, ((slope, 0.0),)), _Rule(n + last, after)]
+            else:
+                rules += self._join(entry, self.nodes[entry])
+        return rules
+
+    def _join(self, i: int, node: Node) -> list[_Rule]:
+        """Sum, or root-sum-square for a concatenation, of the inputs' numbers."""
+        n, power = len(self.nodes), 2.0 if node.join == "concat" else 1.0
+        offsets = node.offsets or (0.0,) * len(node.inputs)
+        slopes: _Terms
+        bends: _Terms
+        slopes, bends = [
+            tuple((((k + first, power),), power * o) for k, o in zip(node.inputs, offsets, strict=True))
+            for first in (0, n)
+        ]
+        if node.join == "product":
+            bends = (*bends, (tuple((k, 1.0) for k in node.inputs), math.log(2)))
+        return [_Rule(i, slopes, 1 / power), _Rule(n + i, bends, 1 / power)]
+
     def run(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logarithms of slope and curvature at every step that ends a segment or joins; zeros elsewhere.
 
@@ -136,38 +185,62 @@ class Recursion:
             segment_slopes: first result of :meth:`contributions`.
             contributions: second result of :meth:`contributions`.
         """
-        members = self._on(segment_slopes)[3]
-        padded = torch.cat([contributions, contributions.new_full((1,), _ZERO)])
-        curvatures = torch.logsumexp(padded[members], dim=1).unbind()
-        origin = segment_slopes.new_zeros(()), segment_slopes.new_full((), _ZERO)
-        slope, curvature = [origin[0]] * len(self.nodes), [origin[1]] * len(self.nodes)
-        pieces = iter(zip(segment_slopes.unbind(), curvatures, strict=True))
-        for entry in self.plan:
-            if isinstance(entry, _Segment):
-                s, c = next(pieces)
-                last, source = entry.steps[-1], entry.source
-                if source == 0:
-                    slope[last], curvature[last] = s, c
-                    continue
-                slope[last] = slope[source] + s
-                curvature[last] = torch.logaddexp(curvature[source] + s, 2 * slope[source] + c)
-            else:
-                node = self.nodes[entry]
-                slope[entry], curvature[entry] = self._join(node, slope), self._join(node, curvature)
-                if node.join == "product":
-                    cross = slope[node.inputs[0]] + slope[node.inputs[1]] + math.log(2)
-                    curvature[entry] = torch.logaddexp(curvature[entry], cross)
-        return slope, curvature
+        values = self._composed(segment_slopes, self._of_segments(contributions))
+        n = len(self.nodes)
+        return values[:n], values[n : 2 * n]
 
-    @staticmethod
-    def _join(node: Node, values: list[Tensor]) -> Tensor:
-        """Sum, or root-sum-square for a concatenation, of the inputs' numbers."""
-        terms = [values[i] for i in node.inputs]
-        if node.offsets:
-            terms = [term + offset for term, offset in zip(terms, node.offsets, strict=True)]
-        if node.join == "concat":
-            return torch.logsumexp(2 * torch.stack(terms), dim=0) / 2
-        return torch.logaddexp(*terms) if len(terms) == 2 else torch.logsumexp(torch.stack(terms), dim=0)
+    def _composed(self, segment_slopes: Tensor, segment_curvatures: Tensor) -> list[Tensor]:
+        """All values as 0-d tensors."""
+        n = len(self.nodes)
+        origin = [segment_slopes.new_zeros(())] * n + [segment_slopes.new_full((), _ZERO)] * n
+        values = [*origin, *segment_slopes.unbind(), *segment_curvatures.unbind()]
+        for rule in self._rules:
+            terms = []
+            for parts, offset in rule.terms:
+                first, *rest = [values[k] if c == 1.0 else c * values[k] for k, c in parts]
+                term = sum(rest, first)
+                terms.append(term + offset if offset else term)
+            joined = terms[0] if len(terms) == 1 else torch.logsumexp(torch.stack(terms), dim=0)
+            values[rule.result] = joined if rule.scale == 1.0 else rule.scale * joined
+        return values
+
+    def totals(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of slope and curvature at the last step, 0-d; arguments as for :meth:`run`.
+
+        On the CPU in Python's numbers: 0-d tensors take 2 ms of a training step of ResNet-18.
+        """
+        if needs_composite() or not on_plain_cpu(segment_slopes, contributions):
+            slopes, curvatures = self.run(segment_slopes, contributions)
+            return slopes[-1], curvatures[-1]
+        return _Totals.apply(segment_slopes, self._of_segments(contributions), self).unbind()
+
+    def _in_numbers(self, of_segments: list[float]) -> tuple[list[float], list[list[float]]]:
+        """Both values at the last step, and the gradient of each by slopes and curvatures of all segments."""
+        n = len(self.nodes)
+        values = [0.0] * n + [_ZERO] * n + of_segments
+        derivatives: list[list[tuple[int, float]]] = []
+        for rule in self._rules:
+            terms = [sum(c * values[k] for k, c in parts) + offset for parts, offset in rule.terms]
+            top = max(terms)
+            shares = [float(t == top) if math.isinf(top) else math.exp(t - top) for t in terms]
+            total = sum(shares)
+            values[rule.result] = rule.scale * (top + math.log(total))
+            scaled = zip(rule.terms, shares, strict=True)
+            derivatives.append([(k, c * rule.scale * s / total) for (parts, _), s in scaled for k, c in parts])
+        gradients = []
+        for root in (n - 1, 2 * n - 1):
+            gradient = [0.0] * len(values)
+            gradient[root] = 1.0
+            for rule, derivative in zip(reversed(self._rules), reversed(derivatives), strict=True):
+                for k, d in derivative:
+                    gradient[k] += gradient[rule.result] * d
+            gradients.append(gradient[2 * n :])
+        return [values[n - 1], values[2 * n - 1]], gradients
+
+    def _of_segments(self, contributions: Tensor) -> Tensor:
+        """Logarithm of the curvature of every segment by itself."""
+        padded = torch.cat([contributions, contributions.new_full((1,), _ZERO)])
+        return torch.logsumexp(padded[self._on(contributions)[3]], dim=1)
 
     def _on(self, like: Tensor) -> tuple[Tensor, ...]:
         """The constant tables on the device and in the type of ``like``."""
@@ -176,3 +249,26 @@ class Recursion:
             floats = [t.to(like) for t in (self._slopes, self._bends)]
             self._constants[key] = (*floats, *(t.to(like.device) for t in (self._bend_index, self._members)))
         return self._constants[key]
+
+
+class _Totals(torch.autograd.Function):
+    """Both values at the last step, shape (2,), by slopes and curvatures of the segments."""
+
+    @staticmethod
+    def forward(ctx: Any, slopes: Tensor, curvatures: Tensor, recursion: Recursion) -> Tensor:
+        values, gradients = recursion._in_numbers([*slopes.tolist(), *curvatures.tolist()])
+        ctx.save_for_backward(slopes, curvatures, slopes.new_tensor(gradients))
+        ctx.recursion = recursion
+        return slopes.new_tensor(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, curvatures, gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this backward again
+            n = len(ctx.recursion.nodes)
+            values = ctx.recursion._composed(slopes, curvatures)
+            ends = torch.stack([values[n - 1], values[2 * n - 1]])
+            inputs = [t for t in (slopes, curvatures) if t.requires_grad]
+            found = iter(torch.autograd.grad(ends, inputs, grad, create_graph=True, materialize_grads=True))
+            return (*(next(found) if t.requires_grad else None for t in (slopes, curvatures)), None)
+        return (*(grad[:, None] * gradients).sum(0).split([len(slopes), len(curvatures)]), None)
