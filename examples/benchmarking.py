@@ -45,12 +45,14 @@ def interleaved_seconds(tasks: Mapping[str, Task], rounds: int, device: str = "c
     """Seconds of each task in every round; all tasks take their turn in each round, so drift hits them alike.
 
     On the CPU process time (user + system, all threads), which other processes hardly disturb; elapsed time with
-    synchronisation on CUDA. One round before the first warms up.
+    synchronisation on CUDA. One round before the first warms up, and in each turn a task runs once before it is timed,
+    as in a loop that repeats it: the other tasks have filled the caches with their own.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for i in range(rounds + 1):
         for name, task in tasks.items():
             gc.collect()
+            task()
             start = _now(device)
             task()
             if i:
