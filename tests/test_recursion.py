@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lightning_lcnn.bounds.recursion import Leaf, Node, Recursion
+from lightning_lcnn.bounds.recursion import _ZERO, Leaf, Node, Recursion
 
 LAYERS = [Node((0,), slope=Leaf(0)), Node((1,), bend=Leaf(0)), Node((2,), slope=Leaf(1))]
 GRAPHS = {
@@ -61,6 +64,31 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return numbers[:2].clone().requires_grad_(), numbers[2:].clone().requires_grad_()
 
 
+def with_zeros(zeros: dict[int, float]) -> tuple[Tensor, Tensor]:
+    """The inputs with other numbers at some positions: 0 and 1 are slopes, 2 and 3 curvatures."""
+    numbers = torch.cat(inputs()).detach()
+    for position, number in zeros.items():
+        numbers[position] = number
+    return numbers[:2].clone().requires_grad_(), numbers[2:].clone().requires_grad_()
+
+
+def forward_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gradient(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            columns = [function(forward_ad.make_dual(x, direction)) for direction in torch.eye(len(x)).to(x)]
+            return torch.stack([forward_ad.unpack_dual(column).tangent for column in columns])
+
+    return gradient
+
+
+def compiled_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gradient(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(torch.compile(function, backend="aot_eager", fullgraph=True)(x), x)[0]
+
+    return gradient
+
+
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_value_and_gradients_by_hand(graph: str, compress: bool) -> None:
@@ -91,14 +119,45 @@ def test_both_derivatives(graph: str) -> None:
     assert torch.autograd.gradgradcheck(function, inputs())
 
 
-def test_composed_form_under_transforms() -> None:
+# a dead layer's slope is the smallest normal number: at -1e30 rounding loses the log 2 of two equal terms
+DEAD = math.log(torch.finfo(torch.float64).tiny)
+ZEROS = [{}, {0: DEAD}, {1: DEAD}, {2: _ZERO}, {3: _ZERO}, {0: DEAD, 1: DEAD, 2: _ZERO}]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_numbers_and_tensors_agree_also_at_zero(graph: str, zeros: dict[int, float]) -> None:
+    recursion, arguments = Recursion(GRAPHS[graph], 2), with_zeros(zeros)
+    pieces = recursion.contributions(*arguments)
+    for value, values in zip(recursion.totals(*pieces), recursion.run(*pieces), strict=True):
+        torch.testing.assert_close(value, values[-1], rtol=1e-12, atol=0)
+        if values[-1].requires_grad:  # not the curvature of a network that has none
+            found, wanted = [
+                torch.autograd.grad(form, arguments, retain_graph=True, materialize_grads=True)
+                for form in (value, values[-1])
+            ]
+            # 1e-12 of the largest entries, which are at most 10
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_gradients_by_slopes_of_zero_are_finite(graph: str) -> None:
+    recursion, arguments = Recursion(GRAPHS[graph], 2), with_zeros({0: _ZERO, 1: _ZERO})
+    for value in recursion.totals(*recursion.contributions(*arguments)):
+        gradients = torch.autograd.grad(value, arguments, retain_graph=True, materialize_grads=True)
+        assert torch.cat(gradients).isfinite().all()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, forward_gradient, compiled_gradient])
+def test_composed_form_under_transforms(transform: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recursion, (slopes, bends) = Recursion(GRAPHS["nested"], 2), inputs()
 
     def function(slopes: Tensor) -> Tensor:
         return recursion.totals(*recursion.contributions(slopes, bends.detach()))[1]
 
     expected = torch.autograd.grad(function(slopes), slopes)[0]
-    torch.testing.assert_close(torch.func.grad(function)(slopes.detach()), expected)
+    monkeypatch.delattr(Recursion, "_in_numbers")
+    torch.testing.assert_close(transform(function)(slopes.detach()), expected)
 
 
 @pytest.mark.parametrize("number", [-math.inf, math.nan])
