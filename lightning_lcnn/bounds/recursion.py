@@ -207,7 +207,7 @@ class Recursion:
     def totals(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of slope and curvature at the last step, 0-d; arguments as for :meth:`run`.
 
-        On the CPU in Python's numbers: 0-d tensors take 2 ms of a training step of ResNet-18.
+        On the CPU in Python's numbers, in a third of the time that 0-d tensors take.
         """
         if needs_composite() or not on_plain_cpu(segment_slopes, contributions):
             slopes, curvatures = self.run(segment_slopes, contributions)

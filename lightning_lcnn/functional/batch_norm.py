@@ -48,7 +48,10 @@ def batch_norm_slope(weight: Tensor | None, variance: Tensor, eps: float) -> Ten
         >>> batch_norm_slope(torch.tensor([1.0, -3.0]), torch.tensor([4.0, 1.0]), eps=0.0)
         tensor(3.)
     """
-    gain = torch.rsqrt(variance + eps)
+    return _steepest(weight, torch.rsqrt(variance + eps))
+
+
+def _steepest(weight: Tensor | None, gain: Tensor) -> Tensor:
     return (gain if weight is None else gain * weight.abs()).max()
 
 
@@ -174,7 +177,7 @@ def _clipped_affine(
     weight: Tensor | None, bias: Tensor | None, gain: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias times the clip factor, differentiable."""
-    factor = clip_factor((gain if weight is None else gain * weight.abs()).max(), gamma)
+    factor = clip_factor(_steepest(weight, gain), gamma)
     return scaled_affine(weight, bias, factor, gain, gain.numel())
 
 
@@ -243,7 +246,7 @@ class _ClippedBatchNorm(torch.autograd.Function):
             mean, variance = moments
             gain = torch.rsqrt(variance + eps)
             _update_running(running_mean, running_var, mean, variance, momentum, x.numel() // x.shape[1])
-        slope, limit = (gain if weight is None else gain * weight.abs()).max().item(), gamma.item()
+        slope, limit = _steepest(weight, gain).item(), gamma.item()
         ctx.clipped = slope >= limit
         ctx.factor, ctx.slope, ctx.eps = limit / slope if ctx.clipped else 1.0, slope, eps
         if moments is None:
