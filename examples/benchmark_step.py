@@ -4,7 +4,8 @@
 
 Compares ResNet-18 with ReLU with its low-curvature form, both also with a penalty on the input gradients, with torch's
 own spectral normalisation on every convolution, and with deel-torchlip's convolutions where that is installed.
-"compiled softplus" are rows of eager networks with :func:`lightning_lcnn.functional.use_compiled_softplus`.
+"compiled softplus" are rows of eager networks with :func:`lightning_lcnn.functional.use_compiled_softplus`,
+"recomputed" those with :func:`lightning_lcnn.functional.recompute_activations`.
 Prints a Markdown table; ratios are medians over the rounds of the ratio to the plain network in the same round.
 """
 
@@ -22,7 +23,7 @@ from benchmarking import arguments, interleaved_seconds, peak_memory, print_tabl
 from torch import Tensor, nn
 
 from lightning_lcnn import lcnn_parameter_groups
-from lightning_lcnn.functional import use_compiled_softplus
+from lightning_lcnn.functional import recompute_activations, use_compiled_softplus
 from lightning_lcnn.layers import update_spectral_norm
 from lightning_lcnn.models import resnet18
 from lightning_lcnn.penalties import CurvaturePenalty, GradientNormPenalty, Penalty
@@ -42,12 +43,14 @@ class Variant:
     bf16: bool = False
     maintained: bool = False  # whether the spectral norms are refreshed by hand
     kernels: bool = False  # whether the centered softplus is compiled
+    recomputed: bool = False  # whether backward computes activations again
 
     def step(self) -> None:
         """One optimizer step."""
         use_compiled_softplus(self.kernels)  # of the whole process, so every variant sets it
         self.optimizer.zero_grad()
-        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast, recompute_activations(self.recomputed):
             loss = self.loss(self.network, self.images, self.labels)
         loss.backward()
         self.optimizer.step()
@@ -109,25 +112,27 @@ def build(options: argparse.Namespace, width: int, batch: int) -> dict[str, Vari
     if options.channels_last:
         images = images.to(memory_format=torch.channels_last)
 
-    def variant(
-        network: nn.Module, loss: Callable | None = None, maintained: bool = False, kernels: bool = False
-    ) -> Variant:
+    def variant(network: nn.Module, loss: Callable | None = None, **flags: bool) -> Variant:
         network.to(options.device)
         if options.channels_last:
             network.to(memory_format=torch.channels_last)
         groups = lcnn_parameter_groups(network, weight_decay=5e-4)
         optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
         called = torch.compile(network) if options.compile else network
-        return Variant(called, optimizer, loss or cross_entropy, images, labels, options.bf16, maintained, kernels)
+        return Variant(called, optimizer, loss or cross_entropy, images, labels, options.bf16, **flags)
 
-    def low_curvature(*penalties: Penalty, kernels: bool = False) -> Variant:
+    def low_curvature(*penalties: Penalty, **flags: bool) -> Variant:
         network = resnet18(10, width, low_curvature=True)
-        return variant(network, PenalisedLoss(network, CurvaturePenalty(1e-2), *penalties), True, kernels)
+        return variant(network, PenalisedLoss(network, CurvaturePenalty(1e-2), *penalties), maintained=True, **flags)
 
     variants = {PLAIN: variant(resnet18(10, width)), "low curvature": low_curvature()}
     with_kernels = not options.compile and options.device == "cpu"
     if with_kernels:
         variants["low curvature, compiled softplus"] = low_curvature(kernels=True)
+    if not options.compile:  # the compiler decides itself what to compute again
+        variants["low curvature, recomputed"] = low_curvature(recomputed=True)
+    if with_kernels:
+        variants["low curvature, compiled softplus, recomputed"] = low_curvature(kernels=True, recomputed=True)
     if not options.compile:  # torch.compile has no double backward
         network = resnet18(10, width)
         variants["ReLU, gradient norm"] = variant(network, PenalisedLoss(network, GradientNormPenalty(1e-3)))

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_lcnn.__about__ import __version__
 from lightning_lcnn._checks import check_non_negative, check_positive
 from lightning_lcnn._files import read_checkpoint, weights_of
+from lightning_lcnn.functional import recompute_activations
 from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.metrics import MeasuringMetric
 from lightning_lcnn.mixin import LCNNMixin
@@ -52,6 +53,8 @@ class LitClassifier(LCNNMixin, LightningModule):
         mean: Subtracted from the images, one number or one per channel.
         std: Divides the images, one number or one per channel.
         metrics: Metrics of :mod:`lightning_lcnn.metrics` by name, logged as ``val_NAME`` and ``test_NAME``.
+        recompute: Whether training takes less memory and a little more time
+            (:func:`~lightning_lcnn.functional.recompute_activations`).
 
     Raises:
         ImportError: If the network's library is missing.
@@ -85,6 +88,7 @@ class LitClassifier(LCNNMixin, LightningModule):
         mean: float | list[float] = 0.5,
         std: float | list[float] = 0.25,
         metrics: dict[str, MeasuringMetric] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
@@ -92,6 +96,7 @@ class LitClassifier(LCNNMixin, LightningModule):
         self.save_hyperparameters(ignore=["penalties", "metrics"])
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.low_curvature, self.penalties, self.image_shape = low_curvature, penalties, tuple(image_shape)
+        self.recompute = recompute
         self.normalize = Normalize(mean, std)
         self.network = build_network(
             network,
@@ -133,7 +138,8 @@ class LitClassifier(LCNNMixin, LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy; the mixin adds the penalties."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        with recompute_activations(self.recompute):
+            loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lightning_lcnn.functional import clip_factor
+from lightning_lcnn.functional import clip_factor, recompute_activations
 from lightning_lcnn.functional.batch_norm import _moments_by_rows, channel_variance
 from lightning_lcnn.layers import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 
@@ -288,7 +289,16 @@ def _synchronised_worker(rank: int, port: int, results: str) -> None:
     layer = nn.SyncBatchNorm.convert_sync_batchnorm(LipschitzBatchNorm2d(3, gamma=0.5).double())
     value = layer(mine)
     value.square().sum().backward()
-    torch.save((value.detach(), mine.grad, layer.running_var, layer.state_dict()), f"{results}/{rank}.pt")
+    results_of_rank = value.detach(), mine.grad.clone(), layer.running_var.clone(), layer.state_dict()
+    mine.grad = None
+    with recompute_activations():
+        again = layer(mine)
+        loss = (again * again).sum()
+    value_again = weakref.ref(again)
+    del again
+    assert value_again() is None
+    loss.backward()
+    torch.save((*results_of_rank, mine.grad), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -303,5 +313,6 @@ def test_synchronised_over_two_processes_equals_the_whole_batch(tmp_path, free_p
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), value)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), x.grad)
     for part in parts:
+        assert torch.equal(part[4], part[1])  # computed again in backward
         torch.testing.assert_close(part[2], layer.running_var)
         assert set(part[3]) == set(layer.state_dict())

@@ -126,6 +126,17 @@ def test_penalties_follow_the_form():
     assert LitClassifier(low_curvature=True, penalties=chosen, **options).configure_penalties() is chosen
 
 
+def test_recompute_trains_the_same_network():
+    weights = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        lit = LitClassifier("resnet18", 10, (1, 8, 8), {"width": 2}, low_curvature=True, recompute=recompute)
+        trainer(max_epochs=1).fit(lit, datamodule=Digits(limit_train=128))
+        assert lit.hparams.recompute is recompute
+        weights.append(lit.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_fit_logs_metrics_and_the_checkpoint_is_the_same_to_the_last_bit(tmp_path):
     lit = LitClassifier(
         "resnet18",

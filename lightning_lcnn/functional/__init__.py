@@ -42,6 +42,7 @@ from lightning_lcnn.functional.probabilistic import (
     input_hessian_norm_probabilistic_bound,
     lanczos_probabilistic_gap,
 )
+from lightning_lcnn.functional.recomputation import recompute_activations
 from lightning_lcnn.functional.saliency import (
     SaliencyResult,
     cosine_agreement,
@@ -88,6 +89,7 @@ __all__ = [
     "per_example_loss",
     "power_iteration",
     "projected_gradient_attack",
+    "recompute_activations",
     "reference_penalty",
     "register_linear_layer",
     "saliency_under_noise",

@@ -17,6 +17,7 @@ from lightning_lcnn.functional._eager import (
     stored,
     wanted_gradients,
 )
+from lightning_lcnn.functional.recomputation import remember
 
 _MIN_ROW = 16  # values of a channel of one image from which on sums over rows take less time than torch's kernel
 _MIN_VALUES = 2**14
@@ -249,12 +250,22 @@ class _ClippedBatchNorm(torch.autograd.Function):
         slope, limit = _steepest(weight, gain).item(), gamma.item()
         ctx.clipped = slope >= limit
         ctx.factor, ctx.slope, ctx.eps = limit / slope if ctx.clipped else 1.0, slope, eps
+        factor = ctx.factor
         if moments is None:
-            if ctx.factor < 1.0:
-                value.mul_(ctx.factor)
+            if factor < 1.0:
+                value.mul_(factor)
+            shift = None if bias is None else bias.clone()  # autograd notices when weight changes until backward
+
+            def again(x: Tensor) -> Tensor:
+                return torch.native_batch_norm(x, weight, shift, None, None, True, 0.0, eps)[0].mul_(factor)
         else:
-            affine = _times(weight, ctx.factor, mean), None if bias is None else bias * ctx.factor
-            value = torch.native_batch_norm(x, *affine, mean, variance, False, 0.0, eps)[0]
+            affine = _times(weight, factor, mean), None if bias is None else bias * factor
+
+            def again(x: Tensor) -> Tensor:
+                return torch.native_batch_norm(x, *affine, mean, variance, False, 0.0, eps)[0]
+
+            value = again(x)
+        remember(value, x, again)
         ctx.save_for_backward(x, weight, bias, gamma, mean, gain)
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional import _softplus_kernels as formulas
 from lightning_lcnn.functional import compiled_softplus as compiled
 from lightning_lcnn.functional._eager import is_compiling_for_training, needs_composite, on_plain_cpu, wanted_gradients
+from lightning_lcnn.functional.recomputation import remember, write_over
 
 # From this β on the in-place form errs by at most 1e-7 / β in the value.
 _MIN_IN_PLACE_BETA = 1.0
@@ -98,6 +100,20 @@ def _values(x: Tensor, beta: Tensor) -> Tensor:
     return value.add_(tail)
 
 
+def _value(x: Tensor, beta: Tensor) -> Tensor:
+    if compiled.fits(x) and on_plain_cpu(x, beta) and beta.numel() == 1:
+        return compiled.value(x, beta)
+    return _values(x.to(beta.dtype), beta).to(x.dtype)
+
+
+def _overwritten(x: Tensor, beta: Tensor) -> Tensor:
+    if compiled.fits(x):
+        compiled.overwrite(x, beta)
+    else:
+        _write_value(x, beta.item())
+    return x
+
+
 class _Sigmoid(torch.autograd.Function):
     """σ(z) whose derivative σ(z) σ(-z) keeps its relative accuracy where 1 - σ(z) rounds to zero."""
 
@@ -117,10 +133,9 @@ class _FusedCenteredSoftplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        if compiled.fits(x) and on_plain_cpu(x, beta) and beta.numel() == 1:
-            value = compiled.value(x, beta)
-        else:
-            value = _values(x.to(beta.dtype), beta).to(x.dtype)
+        function = functools.partial(_value, beta=beta.detach())
+        value = function(x)
+        remember(value, x, function)
         ctx.save_for_backward(x, beta, value if ctx.needs_input_grad[1] else None)
         return value
 
@@ -141,10 +156,7 @@ class _InPlaceCenteredSoftplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        if compiled.fits(x):
-            compiled.overwrite(x, beta)
-        else:
-            _write_value(x, beta.item())
+        write_over(x, functools.partial(_overwritten, beta=beta.detach()))
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, beta)
         return x

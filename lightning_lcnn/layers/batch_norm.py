@@ -23,6 +23,7 @@ from lightning_lcnn.functional.batch_norm import (
     scaled_affine,
     synchronized_moments,
 )
+from lightning_lcnn.functional.recomputation import remember
 
 
 class _LipschitzBatchNorm(_NormBase):
@@ -115,7 +116,11 @@ class _LipschitzBatchNorm(_NormBase):
                 return clipped_batch_norm(x, weight, bias, *running, gamma, momentum, self.eps)
             factor = self._factor(channel_variance(x) if use_batch else self._running_variance())
             weight, bias = scaled_affine(weight, bias, factor, running[0], self.num_features)
-        return F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
+        value = F.batch_norm(x, *running, weight, bias, use_batch, momentum, self.eps)
+        scale, shift = [None if t is None else t.detach().clone() for t in (weight, bias)]
+        statistics = (None, None) if use_batch else running
+        remember(value, x, lambda x: F.batch_norm(x, *statistics, scale, shift, use_batch, 0.0, self.eps))
+        return value
 
     def extra_repr(self) -> str:
         """Torch's arguments and γ now."""
@@ -159,8 +164,11 @@ class _LipschitzBatchNorm(_NormBase):
         weight, bias = scaled_affine(self.weight, self.bias, factor, None, self.num_features)
         scale = torch.rsqrt(variance + self.eps) * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+        shift, scale = [t.view(1, -1, *[1] * (x.ndim - 2)) for t in (shift, scale)]
+        value = torch.addcmul(shift, x, scale).to(x.dtype)
+        shift, scale = shift.detach(), scale.detach()
+        remember(value, x, lambda x: torch.addcmul(shift, x, scale).to(x.dtype))
+        return value
 
 
 _DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited by a learnable γ.
