@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -236,3 +237,5 @@ if __name__ == "__main__":
     STRATEGY, OUT = sys.argv[1], Path(sys.argv[2])
     for scenario in sys.argv[3:]:
         SCENARIOS[scenario]()
+    if dist.is_initialized():  # not after spawn and fork, whose children have left
+        dist.destroy_process_group()  # gloo's threads may abort a process that exits without
