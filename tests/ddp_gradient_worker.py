@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_lcnn.callbacks import PowerIteration
@@ -58,4 +57,3 @@ if __name__ == "__main__":
     ddp_worker.STRATEGY, ddp_worker.OUT = sys.argv[1], Path(sys.argv[2])
     for name in sys.argv[3:]:
         scenario(name)
-    dist.destroy_process_group()  # gloo's threads may abort a process that exits without

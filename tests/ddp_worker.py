@@ -5,6 +5,7 @@ Arguments: strategy, package, folder for the results, and names of the scenarios
 
 from __future__ import annotations
 
+import atexit
 import copy
 import importlib
 import os
@@ -139,6 +140,12 @@ class Converted(LCNNMixin, Plain):
         )
 
 
+def leave() -> None:
+    """Destroy the process group; gloo's threads may abort a process that exits without, also one that was spawned."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Save(Callback):
     """Write the state of this rank when the fit ends."""
 
@@ -146,6 +153,7 @@ class Save(Callback):
         self.path = path
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        atexit.register(leave)
         state = {name: whole(value).clone() for name, value in pl_module.state_dict().items()}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result = {"state": state, "step": trainer.global_step, "metrics": metrics}
@@ -237,5 +245,3 @@ if __name__ == "__main__":
     STRATEGY, OUT = sys.argv[1], Path(sys.argv[2])
     for scenario in sys.argv[3:]:
         SCENARIOS[scenario]()
-    if dist.is_initialized():  # not after spawn and fork, whose children have left
-        dist.destroy_process_group()  # gloo's threads may abort a process that exits without
