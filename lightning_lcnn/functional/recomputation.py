@@ -40,7 +40,7 @@ def recompute_activations(enabled: bool = True) -> AbstractContextManager[Any]:
 
     Raises:
         RuntimeError: In backward, if a tensor that it needs was written over since, as without the context.
-            By torch, on entry within ``torch.func.grad`` and its kin, which take no such hooks; wrap what is around them.
+            By torch, on entry within ``torch.func.grad`` and its kin, which take no such hooks; wrap what is outside.
 
     Source:
         In-Place ABN (Rota Bulò et al., 2018) keeps as little by inverting the activation; recomputation, which needs no
