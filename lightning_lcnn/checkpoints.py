@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from lightning_lcnn._files import read_checkpoint, weights_of
-from lightning_lcnn.classifier import MARK, LitClassifier, Normalize
-from lightning_lcnn.networks import LIBRARIES, build_network, is_low_curvature, known_names
+from lightning_lcnn.classifier import MARK, LitClassifier
+from lightning_lcnn.models.by_name import LIBRARIES, build_network, is_low_curvature, known_names
+from lightning_lcnn.models.normalize import Normalize
 
 RUN_FILES = ("network.pt", "checkpoints/last.ckpt", "last.ckpt")
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -49,9 +50,9 @@ def load_classifier(
             these; or ``"torchvision/NAME"`` or ``"timm/NAME"`` for downloaded weights.
         trust: Whether to load pickled objects, which runs code from the file.
         model: Import path of the LightningModule that wrote the checkpoint, such as ``"my_module.LitNet"``.
-        network: Name as for :func:`~lightning_lcnn.networks.build_network`, for a file that holds weights.
+        network: Name as for :func:`~lightning_lcnn.models.by_name.build_network`, for a file that holds weights.
         normalize: Mean and standard deviation to put in front of a network that has no normalisation of its own.
-        options: Further arguments of :func:`~lightning_lcnn.networks.build_network`, with ``network`` or a name.
+        options: Further arguments of :func:`~lightning_lcnn.models.by_name.build_network`, with ``network`` or a name.
 
     Returns:
         A :class:`LoadedClassifier`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from lightning_lcnn.functional import recompute_activations
 from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.metrics import MeasuringMetric
 from lightning_lcnn.mixin import LCNNMixin
-from lightning_lcnn.networks import build_network
+from lightning_lcnn.models.by_name import build_network
+from lightning_lcnn.models.normalize import Normalize
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 
 MARK = "lightning_lcnn"  # key of a checkpoint that a LitClassifier wrote
@@ -35,8 +35,8 @@ class LitClassifier(LCNNMixin, LightningModule):
     nothing, unless ``penalties`` says otherwise. Loss, accuracy and ``metrics`` are logged in validation and test.
 
     Args:
-        network: Name as for :func:`~lightning_lcnn.networks.build_network`: ``"resnet18"``, ``"torchvision/resnet50"``,
-            ``"timm/convnext_tiny"``, ``"my_module.make_net"``.
+        network: Name as for :func:`~lightning_lcnn.models.by_name.build_network`: ``"resnet18"``,
+            ``"torchvision/resnet50"``, ``"timm/convnext_tiny"``, ``"my_module.make_net"``.
         num_classes: Number of classes.
         image_shape: (C, H, W) of the images.
         network_args: Further arguments of the network's function, such as ``{"width": 16}`` for ours.
@@ -178,36 +178,3 @@ class LitClassifier(LCNNMixin, LightningModule):
         for name, metric in measures.items():
             metric.update(self, images, labels)
             self.log(f"{stage}_{name}", metric)
-
-
-class Normalize(nn.Module):
-    """(x - mean) / std in front of a network, so that attacks and radii are in pixels of [0, 1].
-
-    Args:
-        mean: One number or one per channel.
-        std: One number or one per channel, > 0.
-
-    Raises:
-        ValueError: If a ``std`` is not above 0.
-
-    Source:
-        Ours.
-
-    Example:
-        >>> Normalize(0.5, 0.25)(torch.ones(1, 1, 1, 1)).item()
-        2.0
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
-        super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            numbers = [value] if isinstance(value, int | float) else list(value)
-            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        check_positive("std", self.std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised images."""
-        return (x - self.mean) / self.std

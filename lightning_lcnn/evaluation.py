@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_choice, check_int
 from lightning_lcnn.bounds import network_bound
 from lightning_lcnn.conversion import to_low_curvature
-from lightning_lcnn.conversion.record import record_run
 from lightning_lcnn.conversion.tree import is_ours
 from lightning_lcnn.functional import gradient_stability, input_gradient_norm, normalized_curvature
 from lightning_lcnn.functional.input_function import check_logits
-from lightning_lcnn.layers.parameter_groups import log_betas
+from lightning_lcnn.layers.upkeep import log_betas
 from lightning_lcnn.metrics import AdversarialAccuracy
+from lightning_lcnn.recording.run import record_run
 
 Progress = Callable[[str, int, int], None]
 Notes = dict[str, str]

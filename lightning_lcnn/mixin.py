@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn.callbacks.base import as_penalties, is_lightning_default, penalised_step, sum_penalties, trains
 from lightning_lcnn.callbacks.batch import batch_input_and_target
-from lightning_lcnn.callbacks.penalised_step import (
-    as_penalties,
-    is_lightning_default,
-    penalised_step,
-    sum_penalties,
-    trains,
-)
 from lightning_lcnn.callbacks.power_iteration import PowerIteration
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
 from lightning_lcnn.callbacks.base import Callback
-from lightning_lcnn.functional._sharded import whole
+from lightning_lcnn.kernels.modes import whole
 from lightning_lcnn.layers import CenteredSoftplus, SpectralConv2d, SpectralLinear, lcnn_parameter_groups
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lcnn.callbacks import PowerIteration
-from lightning_lcnn.layers import (
-    CenteredSoftplus,
-    LipschitzBatchNorm2d,
-    SpectralConv2d,
-    SpectralLayer,
-    spectral_layers,
-)
+from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralConv2d, SpectralLayer, spectral_layers
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.models import resnet18
 from tests.lightning_helpers import FILTERS, examples, loader, plain_classifier, trainer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lcnn.bounds.activations import CURVES, Curve, curve_of
+from lightning_lcnn.bounds.rules.activations import CURVES, Curve, curve_of
 from lightning_lcnn.layers import (
     CenteredSoftplus,
     PiecewiseSoftplus,

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_lcnn.functional import clip_factor, recompute_activations
-from lightning_lcnn.functional.batch_norm import _moments_by_rows, channel_variance
+from lightning_lcnn.kernels.clipped_batch_norm import _moments_by_rows, channel_variance
 from lightning_lcnn.layers import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 
 CASES = [
@@ -187,8 +187,8 @@ def test_large_batches_of_dead_channels() -> None:
 
 
 def test_second_derivatives_of_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_lcnn.functional.batch_norm._MIN_VALUES", 1)
-    monkeypatch.setattr("lightning_lcnn.functional.batch_norm._MIN_ROW", 1)
+    monkeypatch.setattr("lightning_lcnn.kernels.clipped_batch_norm._MIN_VALUES", 1)
+    monkeypatch.setattr("lightning_lcnn.kernels.clipped_batch_norm._MIN_ROW", 1)
     layer = randomised(LipschitzBatchNorm2d(3, gamma=1e6)).double()
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert _moments_by_rows(x.detach()) is not None

@@ -14,12 +14,13 @@ from lightning_lcnn import to_low_curvature
 from lightning_lcnn.bounds import network_bound
 from lightning_lcnn.callbacks import PowerIteration
 from lightning_lcnn.checkpoints import load_classifier
-from lightning_lcnn.classifier import LitClassifier, Normalize
+from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.data import Digits
 from lightning_lcnn.layers import SpectralConv2d
-from lightning_lcnn.layers.parameter_groups import log_betas
+from lightning_lcnn.layers.upkeep import log_betas
 from lightning_lcnn.metrics import NormalizedCurvature
-from lightning_lcnn.networks import build_network, known_names, load_weights
+from lightning_lcnn.models.by_name import build_network, known_names, load_weights
+from lightning_lcnn.models.normalize import Normalize
 from lightning_lcnn.penalties import CurvaturePenalty
 from tests.lightning_helpers import FILTERS, trainer
 

@@ -19,7 +19,7 @@ from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.cli import main
 from lightning_lcnn.data import Digits
 from lightning_lcnn.functional import normalized_curvature
-from lightning_lcnn.layers.parameter_groups import log_betas
+from lightning_lcnn.layers.upkeep import log_betas
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]

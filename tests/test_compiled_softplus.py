@@ -13,13 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lcnn import fold
-from lightning_lcnn.functional import _softplus_kernels as formulas
-from lightning_lcnn.functional import (
-    centered_softplus,
-    compiled_softplus,
-    compiled_softplus_in_use,
-    use_compiled_softplus,
-)
+from lightning_lcnn.functional import centered_softplus, compiled_softplus_in_use, use_compiled_softplus
+from lightning_lcnn.kernels import compiled_softplus
+from lightning_lcnn.kernels import softplus_formulas as formulas
 from lightning_lcnn.layers import CenteredSoftplus
 from lightning_lcnn.models import resnet18
 

@@ -21,10 +21,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_lcnn import fold, to_low_curvature
 from lightning_lcnn.bounds import network_bound, trace
-from lightning_lcnn.callbacks.curvature_values import graph_values, layer_values, network_totals, to_numbers
+from lightning_lcnn.callbacks.curvature_monitor import graph_values, layer_values, network_totals, to_numbers
 from lightning_lcnn.functional import operator_norm_bound, projected_gradient_attack
-from lightning_lcnn.functional._sharded import whole
-from lightning_lcnn.functional._state import measuring
+from lightning_lcnn.kernels.modes import whole
+from lightning_lcnn.kernels.preserved_state import measuring
 from lightning_lcnn.layers import (
     CenteredSoftplus,
     LipschitzBatchNorm2d,

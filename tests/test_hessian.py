@@ -293,7 +293,7 @@ def test_bfloat16_models_are_measured_with_float32_vectors(trained, digits):
 
 def test_low_curvature_networks_take_the_cheap_graph():
     """Products through torch's own double backward of a convolution cost twice as much."""
-    from lightning_lcnn.functional._graph_nodes import graph_nodes
+    from lightning_lcnn.functional.hessian_operator import graph_nodes
     from lightning_lcnn.models import resnet18
 
     model = resnet18(width=2, low_curvature=True, input_size=(8, 8)).eval().requires_grad_(False)

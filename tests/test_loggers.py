@@ -13,8 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_lcnn.callbacks import AdversarialTraining, CurvatureMonitor
-from lightning_lcnn.callbacks.curvature_values import logger_keys
-from lightning_lcnn.callbacks.tensorboard import add_histograms
+from lightning_lcnn.callbacks.curvature_monitor import add_histograms, logger_keys
 from lightning_lcnn.layers import CenteredSoftplus, SpectralLinear
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lcnn.layers import SpectralConv2d, spectral_conv
+from lightning_lcnn.layers import SpectralConv2d
+from lightning_lcnn.layers import spectral as spectral_conv
 
 SIZES = [(8, 16, 10), (32, 64, 4)]  # channels in and out, input size: the weight is scaled, the output is scaled
 

@@ -17,7 +17,7 @@ from lightning_lcnn.functional import (
     operator_norm_estimate,
     register_linear_layer,
 )
-from lightning_lcnn.functional.linear_operators import conv_geometry, conv_operator
+from lightning_lcnn.functional.singular_vectors import conv_geometry, conv_operator
 from lightning_lcnn.layers import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
 from tests.test_power_iteration import dense_convolution, random_convolution
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_lcnn.bounds.recursion import _ZERO, Leaf, Node, Recursion
+from lightning_lcnn.bounds.graph import _ZERO, Leaf, Node, Recursion
 
 LAYERS = [Node((0,), slope=Leaf(0)), Node((1,), bend=Leaf(0)), Node((2,), slope=Leaf(1))]
 GRAPHS = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.callbacks import PowerIteration
-from lightning_lcnn.callbacks.refresh_schedule import AdaptiveInterval
+from lightning_lcnn.callbacks.power_iteration import AdaptiveInterval
 from lightning_lcnn.layers import SpectralLinear, lcnn_parameter_groups
-from lightning_lcnn.layers.spectral_updates import spectral_norms
+from lightning_lcnn.layers.upkeep import spectral_norms
 from lightning_lcnn.mixin import LCNNMixin
 from tests.lightning_helpers import FILTERS, loader, plain_classifier, trainer
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lcnn.cli import main
 from lightning_lcnn.report import write_report
-from lightning_lcnn.report.pictures import one_of_each_class
+from lightning_lcnn.report.sections import one_of_each_class
 
 VOID = {"meta", "br", "img", "link"}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lcnn.functional import centered_softplus
-from lightning_lcnn.functional.softplus import _composite
+from lightning_lcnn.kernels.fused_softplus import _composite
 from lightning_lcnn.layers import CenteredSoftplus
 
 BETAS = [1e-6, 1e-4, 1e-2, 0.1, 1.0, 3.0, 10.0, 1e2, 1e3, 1e4]

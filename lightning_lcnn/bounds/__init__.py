@@ -2,10 +2,9 @@
 
 from lightning_lcnn.bounds.directions import DirectionBounds, MarginBounds, direction_bounds, margin_bounds
 from lightning_lcnn.bounds.graph import CurvatureGraph, Surrogate, trace
-from lightning_lcnn.bounds.module_rules import register_rule
-from lightning_lcnn.bounds.network import network_bound
-from lightning_lcnn.bounds.pieces import LayerBound
-from lightning_lcnn.bounds.result import LayerRow, NetworkBound
+from lightning_lcnn.bounds.network import LayerRow, NetworkBound, network_bound
+from lightning_lcnn.bounds.rules.modules import register_rule
+from lightning_lcnn.bounds.rules.pieces import LayerBound
 
 __all__ = [
     "CurvatureGraph",

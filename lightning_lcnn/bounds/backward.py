@@ -8,11 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lcnn.bounds.forward import Forward, concat_dim, is_whole, magnitude, per_channel, window_maximum
-from lightning_lcnn.bounds.linear_maps import LinearMap, plain
+from lightning_lcnn.bounds.forward import (
+    Forward,
+    LinearMap,
+    concat_dim,
+    is_whole,
+    magnitude,
+    per_channel,
+    plain,
+    window_maximum,
+)
 from lightning_lcnn.bounds.measured import MeasuredNetwork
-from lightning_lcnn.bounds.pieces import Activation, Concat, Shape, Smooth, Sum, Weight, Windows
-from lightning_lcnn.bounds.pooling_rules import overlap, window_sum
+from lightning_lcnn.bounds.rules.pieces import Activation, Concat, Shape, Smooth, Sum, Weight, Windows
+from lightning_lcnn.bounds.rules.pooling import overlap, window_sum
 
 _DENSE_ENTRIES = 2**20  # largest layer, and
 _DENSE_SIDE = 256  # largest Gram matrix (10 ms an eigenvalue), for which λ_max(Wᵀ diag(c) W) is computed

@@ -12,8 +12,7 @@ from lightning_lcnn._checks import check_choice
 from lightning_lcnn.bounds.backward import backward_pass, direction
 from lightning_lcnn.bounds.forward import forward_pass
 from lightning_lcnn.bounds.measured import MeasuredNetwork, measure
-from lightning_lcnn.bounds.network import INFLATION, fast_bound
-from lightning_lcnn.bounds.result import NetworkBound
+from lightning_lcnn.bounds.network import INFLATION, NetworkBound, fast_bound
 
 _CHUNK_ENTRIES = 2**24  # numbers in the widest gradient of the heads that run together (128 MB)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_lcnn.bounds.calls import Call, Constant, Signal, unknown_size
-from lightning_lcnn.bounds.function_rules import rule_of, why_refused
-from lightning_lcnn.bounds.module_rules import REFUSED, has_rule, piece_of
-from lightning_lcnn.bounds.pieces import Piece, Rearrange, Shape
-from lightning_lcnn.functional._sharded import whole
+from lightning_lcnn.bounds.rules.calls import Call, Constant, Signal, unknown_size
+from lightning_lcnn.bounds.rules.functions import rule_of, why_refused
+from lightning_lcnn.bounds.rules.modules import REFUSED, has_rule, piece_of
+from lightning_lcnn.bounds.rules.pieces import Piece, Rearrange, Shape
+from lightning_lcnn.kernels.modes import whole
 
 _SIZES = ("size", "dim", "numel", "ndimension", "new_zeros", "new_ones", torch.zeros_like)
 _SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")

@@ -14,16 +14,23 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
-from lightning_lcnn.callbacks.base import Callback
+from lightning_lcnn.callbacks.base import Callback, check_strategy, phase
 from lightning_lcnn.callbacks.batch import batch_input_and_target, replace_batch_input
-from lightning_lcnn.callbacks.checks import check_strategy
-from lightning_lcnn.callbacks.phases import phase
-from lightning_lcnn.functional._state import measuring
 from lightning_lcnn.functional.input_function import Adapter, check_inputs
-from lightning_lcnn.metrics.attacks import NORMS, perturbation, resolve_attack, run_attack
-from lightning_lcnn.metrics.pixels import Normalization, PixelModel, checked_normalization, mean_and_std, pixels_of
+from lightning_lcnn.kernels.preserved_state import measuring
+from lightning_lcnn.metrics.attacks import (
+    NORMS,
+    Normalization,
+    PixelModel,
+    checked_normalization,
+    mean_and_std,
+    perturbation,
+    pixels_of,
+    resolve_attack,
+    run_attack,
+)
 from lightning_lcnn.penalties import Schedule, network_of
-from lightning_lcnn.penalties.network import defines_forward, trained_children
+from lightning_lcnn.penalties.curvature import defines_forward, trained_children
 
 _NUM_STEPS = 3
 

@@ -10,12 +10,10 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_lcnn.callbacks.base import Callback
+from lightning_lcnn.callbacks.base import Callback, as_penalties, check_strategy, penalised_step, trains
 from lightning_lcnn.callbacks.batch import batch_input_and_target
-from lightning_lcnn.callbacks.checks import check_strategy
-from lightning_lcnn.callbacks.penalised_step import as_penalties, penalised_step, trains
 from lightning_lcnn.callbacks.power_iteration import PowerIteration
-from lightning_lcnn.layers.spectral_updates import spectral_layers
+from lightning_lcnn.layers.upkeep import spectral_layers
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 
 

@@ -1,26 +1,177 @@
-"""Keep the spectral norms up to date during training."""
+"""When spectral norms are refreshed: every n optimizer steps, or as often as they change."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_int, check_positive
-from lightning_lcnn.callbacks.averages import averaged_networks, check_averages, converge_averages
-from lightning_lcnn.callbacks.base import Callback
-from lightning_lcnn.callbacks.checks import check_optimizers, check_strategy
-from lightning_lcnn.callbacks.phases import phase
-from lightning_lcnn.callbacks.refresh_schedule import AdaptiveInterval, refresh_schedule
-from lightning_lcnn.layers.spectral_updates import (
+from lightning_lcnn.callbacks.base import Callback, check_strategy, phase
+from lightning_lcnn.layers.spectral import SpectralLayer
+from lightning_lcnn.layers.upkeep import (
+    low_curvature_parameters,
     reset_spectral_norm,
     spectral_layers,
     spectral_norms,
     update_spectral_norm,
 )
+
+_LEAST, _MOST = 10, 80  # steps between adaptive refreshes
+
+
+class FixedInterval:
+    """Once in each interval of n steps."""
+
+    def __init__(self, length: int) -> None:
+        check_int("every_n_steps", length)
+        self.length = length
+        self._interval: int | None = None  # number of the interval that has been refreshed
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step's interval has not been refreshed."""
+        return step // self.length != self._interval
+
+    def refreshed(self, step: int, change: Tensor | None) -> None:
+        """Remember the refresh."""
+        self._interval = step // self.length
+
+    def state(self) -> Any:
+        """Everything that decides the next refresh, for a checkpoint."""
+        return self._interval
+
+    def load_state(self, state: Any) -> None:
+        """Go on in the same interval."""
+        self._interval = state
+
+
+class AdaptiveInterval:
+    """Twice as many steps to the next refresh where the norms hardly changed, half where they changed too much.
+
+    The change of the last refresh is read at the earliest step at which the next one can be due. On CUDA it was copied
+    to the host long before, so nothing waits.
+    """
+
+    def __init__(self, max_change: float) -> None:
+        self.max_change = max_change
+        self.length = _LEAST
+        self._last: int | None = None  # step of the last refresh
+        self._change: tuple[Tensor, Any] | None = None  # of the last refresh on the host, and when it will be there
+
+    def is_due(self, step: int) -> bool:
+        """Whether enough steps have passed since the last refresh."""
+        if self._last is None:
+            return True
+        if step < self._last + _LEAST:
+            return False
+        self._read_change()
+        return step >= self._last + self.length
+
+    def refreshed(self, step: int, change: Tensor | None) -> None:
+        """Remember the refresh and the largest relative change of a norm in it; None starts over."""
+        self._last = step
+        self._change = None if change is None else _copy_to_host(change)
+        if change is None:
+            self.length = _LEAST
+
+    def state(self) -> Any:
+        """Everything that decides the next refresh, for a checkpoint."""
+        self._read_change()
+        return {"last": self._last, "length": self.length}
+
+    def load_state(self, state: Any) -> None:
+        """Go on towards the same step."""
+        self._last, self.length, self._change = state["last"], state["length"], None
+
+    def _read_change(self) -> None:
+        if self._change is None:
+            return
+        value, event = self._change
+        if event is not None:
+            event.synchronize()
+        self._change = None
+        if value > self.max_change:
+            self.length = max(self.length // 2, _LEAST)
+        elif value < self.max_change / 4:
+            self.length = min(self.length * 2, _MOST)
+
+
+def refresh_schedule(every_n_steps: int | str, max_change: float) -> FixedInterval | AdaptiveInterval:
+    """Return the schedule that :class:`~lightning_lcnn.PowerIteration` has for its arguments."""
+    check_positive("max_change", max_change)
+    if every_n_steps == "auto":
+        return AdaptiveInterval(max_change)
+    if isinstance(every_n_steps, str):
+        raise ValueError(f"`every_n_steps` must be an integer or 'auto', got {every_n_steps!r}.")
+    return FixedInterval(every_n_steps)
+
+
+def _copy_to_host(value: Tensor) -> tuple[Tensor, Any]:
+    if not value.is_cuda:
+        return value, None
+    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def averaged_networks(trainer: Any) -> list[nn.Module]:
+    """Averages that the trainer's callbacks keep; Lightning's averaging callbacks all name them ``_average_model``."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
+    return [module for module in found if isinstance(module, nn.Module) and any(True for _ in spectral_layers(module))]
+
+
+def converge_averages(trainer: Any, tolerance: float, max_iterations: int) -> None:
+    """Iterate the averaged networks to convergence: the average of G is no gradient of their norms."""
+    for average in averaged_networks(trainer):
+        reset_spectral_norm(average, tolerance, max_iterations)
+
+
+def check_averages(trainer: Any, module: nn.Module) -> None:
+    """Refuse layers of unknown input size, whose buffers would change their shape and could not be averaged."""
+    if not any(hasattr(average, "n_averaged") for average in averaged_networks(trainer)):
+        return
+    for name, layer in module.named_modules():
+        if isinstance(layer, SpectralLayer) and layer.right_vector.numel() == 0:
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) has not seen an input, and its first one will change the shape of a "
+                "buffer, which weight averaging cannot follow: give the layer its `input_size`, or run the network "
+                "once before the fit."
+            )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Warn where an optimizer decays β or γ, and where none has them."""
+    names = {id(parameter): name for name, parameter in low_curvature_parameters(module)}
+    decayed, present = [], set()
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        ours = [id(parameter) for parameter in group["params"] if id(parameter) in names]
+        present.update(ours)
+        if group.get("weight_decay", 0):
+            decayed += [names[key] for key in ours]
+    if decayed:
+        warnings.warn(
+            f"The optimizer decays {_list(decayed)}, which pulls β and γ to 1. Build it with "
+            "`lcnn_parameter_groups(self, weight_decay=...)`.",
+            UserWarning,
+        )
+    absent = [name for key, name in names.items() if key not in present]
+    if absent:
+        warnings.warn(
+            f"No optimizer has {_list(absent)}, so they keep their start values. Pass "
+            "`lcnn_parameter_groups(self, weight_decay=...)` to it, or freeze them with `requires_grad_(False)`.",
+            UserWarning,
+        )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class PowerIteration(Callback):

@@ -16,8 +16,8 @@ from lightning_lcnn.checkpoints import IMAGENET, network_file
 from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.cli.options import add_network_options, load, make_parser, network_options
 from lightning_lcnn.conversion import ConversionReport, to_low_curvature
-from lightning_lcnn.layers.parameter_groups import log_betas
-from lightning_lcnn.networks import LIBRARIES
+from lightning_lcnn.layers.upkeep import log_betas
+from lightning_lcnn.models.by_name import LIBRARIES
 
 DESCRIPTION = """Turn a trained network into its low-curvature form, with its weights; then fine-tune it.
 

@@ -8,13 +8,12 @@ from typing import Literal, TypeVar, overload
 
 from torch import Tensor, nn
 
-from lightning_lcnn.conversion.decide import Decisions
+from lightning_lcnn.conversion.decide import Change, ConversionReport, Decisions, Kept
 from lightning_lcnn.conversion.expand import Place, expand
 from lightning_lcnn.conversion.options import POOLING_KEPT, SKIPPED, Options, check_input, check_model, checked_skip
-from lightning_lcnn.conversion.record import Kink, record_run
-from lightning_lcnn.conversion.report import Change, ConversionReport, Kept
 from lightning_lcnn.conversion.rules import bend_reason
 from lightning_lcnn.conversion.tree import is_ours
+from lightning_lcnn.recording.run import Kink, record_run
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Skip = Iterable[str | type[nn.Module]]

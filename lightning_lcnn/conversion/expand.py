@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.conversion import rules
-from lightning_lcnn.conversion.foreign import stock_form
 from lightning_lcnn.conversion.options import Options
-from lightning_lcnn.conversion.record import Record, record_run, same_values
-from lightning_lcnn.conversion.source import Build, CannotRewriteError, edit_method, is_function
-from lightning_lcnn.conversion.tree import is_stock, replace_modules
+from lightning_lcnn.conversion.rewriting.editor import Build, CannotRewriteError, edit_method, is_function
+from lightning_lcnn.conversion.tree import is_stock, replace_modules, stock_form
+from lightning_lcnn.recording.run import Record, record_run, same_values
 
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 ACTIVATIONS: dict[Any, Build] = {

@@ -11,10 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_lcnn._checks import check_choice
 from lightning_lcnn.conversion.options import check_input, check_model
-from lightning_lcnn.conversion.record import record_run
 from lightning_lcnn.conversion.rules import NORMS, SPECTRAL
 from lightning_lcnn.conversion.tree import replace_modules, take_over
 from lightning_lcnn.layers import LearnableBeta, ScaledActivation
+from lightning_lcnn.recording.run import record_run
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _PLAIN = {ours: stock for stock, ours in (SPECTRAL | NORMS).items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice, check_positive
-from lightning_lcnn.functional._sharded import is_sharded
+from lightning_lcnn.kernels.modes import is_sharded
 
 POOLINGS = ("keep", "smooth", "average")
 # reasons that the caller knows of

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lcnn.bounds.activations import CURVES, curve_of
+from lightning_lcnn.bounds.rules.activations import CURVES, curve_of
 from lightning_lcnn.conversion.options import POOLING_KEPT, Options
-from lightning_lcnn.functional.batch_norm import batch_norm_slope
+from lightning_lcnn.kernels.clipped_batch_norm import batch_norm_slope
 from lightning_lcnn.layers import (
     CenteredSoftplus,
     LipschitzBatchNorm1d,

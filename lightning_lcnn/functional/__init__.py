@@ -1,13 +1,6 @@
 """Pure functions on tensors and operators: every formula of the package, once."""
 
-from lightning_lcnn.functional.attacks import projected_gradient_attack
-from lightning_lcnn.functional.batch_norm import batch_norm_slope, clip_factor
-from lightning_lcnn.functional.certificates import (
-    lipschitz_radius,
-    second_order_dual_radius,
-    taylor_radius,
-)
-from lightning_lcnn.functional.compiled_softplus import compiled_softplus_in_use, use_compiled_softplus
+from lightning_lcnn.functional.certificates import lipschitz_radius, second_order_dual_radius, taylor_radius
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.hessian_operator import HessianOperator
 from lightning_lcnn.functional.input_derivatives import (
@@ -18,40 +11,39 @@ from lightning_lcnn.functional.input_derivatives import (
     input_hessian_norm,
     normalized_curvature,
 )
-from lightning_lcnn.functional.lanczos import LanczosResult, lanczos
-from lightning_lcnn.functional.operator_norm import (
-    operator_norm_bound,
-    operator_norm_estimate,
-    register_linear_layer,
-)
+from lightning_lcnn.functional.lanczos import LanczosResult, SymmetricPowerResult, lanczos, symmetric_power_iteration
+from lightning_lcnn.functional.operator_norm import operator_norm_bound, operator_norm_estimate, register_linear_layer
 from lightning_lcnn.functional.outputs import logit_margin, per_example_loss, target_logit
-from lightning_lcnn.functional.penalties import (
+from lightning_lcnn.functional.penalty_formulas import (
     log_normalized_curvature_bound,
     reference_penalty,
     sum_log_penalty,
-)
-from lightning_lcnn.functional.pooling import log_mean_exp_pool2d
-from lightning_lcnn.functional.power_iteration import (
-    SingularTriplet,
-    filtered_power_iteration,
-    largest_singular_triplet,
-    power_iteration,
 )
 from lightning_lcnn.functional.probabilistic import (
     ProbabilisticBoundResult,
     input_hessian_norm_probabilistic_bound,
     lanczos_probabilistic_gap,
 )
-from lightning_lcnn.functional.recomputation import recompute_activations
-from lightning_lcnn.functional.saliency import (
+from lightning_lcnn.functional.projected_gradient import projected_gradient_attack
+from lightning_lcnn.functional.singular_vectors import (
+    SingularTriplet,
+    filtered_power_iteration,
+    largest_singular_triplet,
+    power_iteration,
+)
+from lightning_lcnn.functional.smooth_pooling import log_mean_exp_pool2d
+from lightning_lcnn.functional.softplus import centered_softplus
+from lightning_lcnn.functional.stability import (
+    GradientStabilityResult,
     SaliencyResult,
     cosine_agreement,
+    gradient_stability,
     saliency_under_noise,
     top_k_agreement,
 )
-from lightning_lcnn.functional.softplus import centered_softplus
-from lightning_lcnn.functional.stability import GradientStabilityResult, gradient_stability
-from lightning_lcnn.functional.symmetric_power import SymmetricPowerResult, symmetric_power_iteration
+from lightning_lcnn.kernels.clipped_batch_norm import batch_norm_slope, clip_factor
+from lightning_lcnn.kernels.compiled_softplus import compiled_softplus_in_use, use_compiled_softplus
+from lightning_lcnn.kernels.recomputation import recompute_activations
 
 __all__ = [
     "GradientNormResult",

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lcnn.functional.linear_operators import ConvGeometry, conv_apply, conv_geometry
+from lightning_lcnn.functional.singular_vectors import ConvGeometry, conv_apply, conv_geometry
 
 # Covers the rounding of float64 (relative 1e-13 at 1000 channels) with a wide margin.
 _INFLATION = 1 + 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_lcnn._checks import check_choice, check_positive
-from lightning_lcnn.functional._frozen_graph import FrozenGraph
-from lightning_lcnn.functional._graph_nodes import graph_nodes, is_once_differentiable, kinks_of
 from lightning_lcnn.functional.input_function import InputFunction
 from lightning_lcnn.functional.lanczos import safe_norm
+from lightning_lcnn.kernels.frozen_graph import FrozenGraph
 
 HVP_MODES = ("double_backward", "forward_over_reverse", "finite_difference")
 
@@ -179,3 +178,40 @@ def _inspect(model: Any, values: Tensor, twice: bool) -> None:
             "to_low_curvature with a large beta.",
             stacklevel=2,
         )
+
+
+# Starts of the names of autograd nodes whose functions have corners.
+_KINKS: tuple[str, ...] = (
+    *("Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Softshrink"),
+    *("Hardshrink", "MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "CudnnConvolutionRelu"),
+)
+
+
+def graph_nodes(values: Tensor) -> list[Any]:
+    """All operations in the graph of ``values``."""
+    nodes: dict[Any, None] = {}
+    stack: list[Any] = [values.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            stack.extend(parent for parent, _ in node.next_functions)
+    return list(nodes)
+
+
+def kinks_of(nodes: Iterable[Any]) -> list[str]:
+    """Sorted names of the operations with corners.
+
+    Example:
+        >>> kinks_of(graph_nodes(torch.ones(1, requires_grad=True).relu()))
+        ['Relu']
+    """
+    return sorted({node.name().split("Backward")[0] for node in nodes if node.name().startswith(_KINKS)})
+
+
+def is_once_differentiable(node: Any) -> bool:
+    """Torch raises for these only where the incoming gradient depends on x, and gives zeros otherwise."""
+    if node.name().startswith("CompiledFunction"):  # torch.compile
+        return True
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(getattr(backward, "__code__", None), "co_filename", "") == torch.autograd.function.__file__

@@ -12,9 +12,8 @@ from torch import Tensor
 from lightning_lcnn._checks import check_choice, check_int
 from lightning_lcnn.functional.hessian_operator import HVP_MODES, HessianOperator, input_gradient
 from lightning_lcnn.functional.input_function import Adapter, InputFunction, measure
-from lightning_lcnn.functional.lanczos import common_directions, lanczos, safe_norm
+from lightning_lcnn.functional.lanczos import common_directions, lanczos, safe_norm, symmetric_power_iteration
 from lightning_lcnn.functional.outputs import Output
-from lightning_lcnn.functional.symmetric_power import symmetric_power_iteration
 
 HESSIAN_METHODS = ("lanczos", "power_iteration")
 

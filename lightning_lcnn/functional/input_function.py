@@ -14,7 +14,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_lcnn._checks import check_int
-from lightning_lcnn.functional._state import measuring
 from lightning_lcnn.functional.outputs import (
     OUTPUTS,
     Output,
@@ -24,6 +23,7 @@ from lightning_lcnn.functional.outputs import (
     runner_up,
     target_logit,
 )
+from lightning_lcnn.kernels.preserved_state import measuring
 
 Adapter = Callable[[Any], Tensor]
 InputFunction = Callable[[Tensor], Tensor]  # (b, …) to (b,), example by example

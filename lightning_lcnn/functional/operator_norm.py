@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int
-from lightning_lcnn.functional._sharded import unsharded
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
-from lightning_lcnn.functional.linear_operators import conv_geometry, conv_operator, matrix_operator
-from lightning_lcnn.functional.power_iteration import largest_singular_triplet
+from lightning_lcnn.functional.singular_vectors import (
+    conv_geometry,
+    conv_operator,
+    largest_singular_triplet,
+    matrix_operator,
+)
+from lightning_lcnn.kernels.modes import unsharded
 
 # By exact class: a subclass may compute something else, and must not inherit a certificate.
 _WEIGHTS: dict[type[nn.Module], Callable[[Any], Tensor]] = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
-from lightning_lcnn.functional._sharded import scalar, whole
-from lightning_lcnn.functional.softplus import centered_softplus
+from lightning_lcnn.kernels.fused_softplus import softplus
+from lightning_lcnn.kernels.modes import scalar, whole
 
 
 class LearnableBeta(nn.Module):
@@ -93,7 +93,7 @@ class CenteredSoftplus(LearnableBeta):
             beta = beta.view(-1, *[1] * (x.ndim - 2))
         # evaluation with gradients measures curvature: keep relative accuracy and the cheaper second derivative
         inplace = self.inplace and (self.training or not torch.is_grad_enabled())
-        return centered_softplus(x, beta, inplace)
+        return softplus(x, beta, inplace)
 
     def extra_repr(self) -> str:
         """Start of the printed form: β now, or its mean over channels."""

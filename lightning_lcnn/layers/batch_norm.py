@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lcnn._checks import check_positive
-from lightning_lcnn.functional._sharded import scalar, whole
-from lightning_lcnn.functional.batch_norm import (
+from lightning_lcnn.kernels.clipped_batch_norm import (
     batch_norm_slope,
     channel_variance,
     clip_factor,
     clipped_batch_norm,
     fits_one_pass,
     scaled_affine,
-    synchronized_moments,
 )
-from lightning_lcnn.functional.recomputation import remember
+from lightning_lcnn.kernels.modes import scalar, synchronized_moments, whole
+from lightning_lcnn.kernels.recomputation import remember
 
 
 class _LipschitzBatchNorm(_NormBase):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
-from lightning_lcnn.functional.pooling import Size, log_mean_exp_pool2d
+from lightning_lcnn.functional.smooth_pooling import Size, log_mean_exp_pool2d
 
 
 class LogMeanExpPool2d(nn.Module):

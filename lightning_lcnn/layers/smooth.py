@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_positive
-from lightning_lcnn.functional._sharded import whole
+from lightning_lcnn.kernels.modes import whole
 from lightning_lcnn.layers.activation import CenteredSoftplus, LearnableBeta
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 

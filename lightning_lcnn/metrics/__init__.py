@@ -3,12 +3,7 @@
 from lightning_lcnn.metrics.adversarial import AdversarialAccuracy
 from lightning_lcnn.metrics.base import MeasuringMetric
 from lightning_lcnn.metrics.certified import CertifiedAccuracy
-from lightning_lcnn.metrics.curvature import (
-    GradientStability,
-    InputGradientNorm,
-    InputHessianNorm,
-    NormalizedCurvature,
-)
+from lightning_lcnn.metrics.curvature import GradientStability, InputGradientNorm, InputHessianNorm, NormalizedCurvature
 
 __all__ = [
     "AdversarialAccuracy",

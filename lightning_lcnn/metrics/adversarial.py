@@ -11,18 +11,19 @@ from torch import Tensor
 from torchmetrics.utilities.plot import plot_curve
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
-from lightning_lcnn.functional._state import measuring
-from lightning_lcnn.functional.input_function import (
-    Adapter,
-    check_inputs,
-    check_logits,
-    check_model,
-    logits_of,
-    unwrap,
+from lightning_lcnn.functional.input_function import Adapter, check_inputs, check_logits, check_model, logits_of, unwrap
+from lightning_lcnn.kernels.preserved_state import measuring
+from lightning_lcnn.metrics.attacks import (
+    NORMS,
+    AttackOutcome,
+    PixelModel,
+    attack_examples,
+    checked_normalization,
+    mean_and_std,
+    pixels_of,
+    resolve_attack,
 )
-from lightning_lcnn.metrics.attacks import NORMS, AttackOutcome, attack_examples, resolve_attack
 from lightning_lcnn.metrics.base import MeasuringMetric
-from lightning_lcnn.metrics.pixels import PixelModel, checked_normalization, mean_and_std, pixels_of
 
 
 class AdversarialAccuracy(MeasuringMetric):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
 from lightning_lcnn.bounds import MarginBounds, margin_bounds
-from lightning_lcnn.functional._state import measuring
 from lightning_lcnn.functional.certificates import lipschitz_radius, second_order_dual_radius, taylor_radius
 from lightning_lcnn.functional.input_function import check_inputs, check_logits, check_model, logits_of, unwrap
+from lightning_lcnn.kernels.preserved_state import measuring
 from lightning_lcnn.metrics.base import MeasuringMetric
 
 

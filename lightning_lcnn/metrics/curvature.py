@@ -8,12 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
-from lightning_lcnn.functional import (
-    gradient_stability,
-    input_gradient_norm,
-    input_hessian_norm,
-    normalized_curvature,
-)
+from lightning_lcnn.functional import gradient_stability, input_gradient_norm, input_hessian_norm, normalized_curvature
 from lightning_lcnn.functional.hessian_operator import HVP_MODES
 from lightning_lcnn.functional.input_derivatives import HESSIAN_METHODS
 from lightning_lcnn.functional.outputs import Output

@@ -46,7 +46,7 @@ class Normalize(nn.Module):
             check_positive("std", value)
         if not all(math.isfinite(value) for value in means):
             raise ValueError(f"`mean` must be finite, got {mean}.")
-        if len(means) != len(stds):
+        if len(means) != len(stds) and not isinstance(mean, int | float) and not isinstance(std, int | float):
             raise ValueError(f"`mean` and `std` must have equal lengths, got {len(means)} and {len(stds)}.")
         self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1), persistent=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn.models._blocks import Blocks, check_sizes
+from lightning_lcnn.models.blocks import Blocks, check_sizes
 
 
 class BasicBlock(nn.Module):
@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
 
     Example:
         >>> import torch
-        >>> from lightning_lcnn.models._blocks import Blocks
+        >>> from lightning_lcnn.models.blocks import Blocks
         >>> block = BasicBlock(Blocks(), 4, 8, stride=2, size=(8, 8))
         >>> block(torch.zeros(1, 4, 8, 8)).shape
         torch.Size([1, 8, 4, 4])
@@ -60,7 +60,7 @@ class ResNet(nn.Module):
 
     Example:
         >>> import torch
-        >>> from lightning_lcnn.models._blocks import Blocks
+        >>> from lightning_lcnn.models.blocks import Blocks
         >>> ResNet(Blocks(), (1, 1, 1, 1), 10, 8, 3, (16, 16))(torch.zeros(2, 3, 16, 16)).shape
         torch.Size([2, 10])
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn.models._blocks import Blocks, check_pooling, check_sizes
+from lightning_lcnn.models.blocks import Blocks, check_pooling, check_sizes
 
 # Channels of the eight convolutions in units of the width; 0 is a 2x2 pooling.
 _LAYERS = (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0)

@@ -1,10 +1,8 @@
 """Penalties on the curvature of a network, for any training loop."""
 
-from lightning_lcnn.penalties.base import Penalty, Schedule
 from lightning_lcnn.penalties.cure import CurePenalty
-from lightning_lcnn.penalties.curvature import MODES, CurvaturePenalty, GraphCache
+from lightning_lcnn.penalties.curvature import MODES, CurvaturePenalty, GraphCache, Penalty, Schedule, network_of
 from lightning_lcnn.penalties.gradient_norm import GradientNormPenalty
-from lightning_lcnn.penalties.network import network_of
 
 __all__ = [
     "MODES",

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lcnn.functional.gradient_penalties import cure_direction, cure_penalty
 from lightning_lcnn.functional.input_function import Adapter
 from lightning_lcnn.functional.outputs import Output
-from lightning_lcnn.penalties.base import Schedule
+from lightning_lcnn.functional.penalty_formulas import cure_direction, cure_penalty
+from lightning_lcnn.penalties.curvature import Schedule
 from lightning_lcnn.penalties.input_gradient import (
     BatchFunction,
     InputGradientPenalty,

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_lcnn._checks import check_choice
-from lightning_lcnn.functional._extra_pass import ExtraPasses
-from lightning_lcnn.functional._graph_nodes import graph_nodes, kinks_of
-from lightning_lcnn.functional.gradient_penalties import gradient_norm_penalty, gradient_norm_penalty_by_difference
+from lightning_lcnn.functional.hessian_operator import graph_nodes, kinks_of
 from lightning_lcnn.functional.input_function import Adapter, unwrap
 from lightning_lcnn.functional.outputs import Output
-from lightning_lcnn.penalties.base import Schedule
+from lightning_lcnn.functional.penalty_formulas import gradient_norm_penalty, gradient_norm_penalty_by_difference
+from lightning_lcnn.penalties.curvature import Schedule
 from lightning_lcnn.penalties.input_gradient import (
     BatchFunction,
     InputGradientPenalty,
@@ -22,6 +21,7 @@ from lightning_lcnn.penalties.input_gradient import (
     check_twice_differentiable,
     input_gradient,
 )
+from lightning_lcnn.recording.extra_passes import ExtraPasses
 
 GRADIENT_MODES = ("exact", "finite_difference")
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_positive
-from lightning_lcnn.functional._extra_pass import ExtraPasses
-from lightning_lcnn.functional._graph_nodes import graph_nodes, is_once_differentiable
-from lightning_lcnn.functional._sharded import is_sharded
+from lightning_lcnn.functional.hessian_operator import graph_nodes, is_once_differentiable
 from lightning_lcnn.functional.input_function import Adapter, logits_of
 from lightning_lcnn.functional.outputs import Output, logit_margin, resolve_output, runner_up, target_logit
-from lightning_lcnn.penalties.base import Penalty, Schedule
-from lightning_lcnn.penalties.network import network_of
+from lightning_lcnn.kernels.modes import is_sharded
+from lightning_lcnn.penalties.curvature import Penalty, Schedule, network_of
+from lightning_lcnn.recording.extra_passes import ExtraPasses
 
 
 class InputGradientPenalty(Penalty):

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_lcnn.plots.grouping import Method
-from lightning_lcnn.report.markup import Html, details, join, table, tag
-from lightning_lcnn.report.numbers import percent
+from lightning_lcnn.report.markup import Html, details, join, percent, table, tag
 from lightning_lcnn.report.runs import Run
 
 _HOW = (

@@ -1,0 +1,1 @@
+"""The source editor, which turns calls of functions in a ``forward`` into child modules."""
