@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 import lightning_lcnn
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SOURCES = sorted(p for p in (*DOCS.rglob("*.md"), *DOCS.rglob("*.rst")) if "_build" not in p.parts)
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(p for p in SOURCES if p.suffix == ".md")]

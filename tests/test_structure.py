@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "lightning_lcnn"
+from tests import ROOT
+
+PACKAGE = ROOT / "lightning_lcnn"
 FLOORS = [  # from the ground up; a module imports from lower floors, and from its own folder
     {"__about__", "_checks", "_files", "_compat"},
     {"kernels"},

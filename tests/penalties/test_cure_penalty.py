@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from lightning_lcnn.functional.penalty_formulas import cure_direction
 from lightning_lcnn.penalties import CurePenalty
 from tests.lightning_helpers import examples, small_net
-from tests.test_gradient_norm_penalty import OUTPUTS, Dropping, batch, parameter_gradient, smooth_net
+from tests.penalties.test_gradient_norm_penalty import OUTPUTS, Dropping, batch, parameter_gradient, smooth_net
 
 
 @pytest.mark.parametrize("output", ["loss", "margin"])

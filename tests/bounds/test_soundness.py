@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.bounds import direction_bounds, network_bound
 from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm2d, LogMeanExpPool2d, SpectralConv2d
-from tests.bound_attacks import ascend
+from tests.bounds.ascent import ascend
 
 ACTIVATIONS = (nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.Sigmoid, nn.Mish, nn.Softsign)
 

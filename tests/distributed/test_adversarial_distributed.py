@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lcnn.callbacks import AdversarialTraining
-from tests.ddp_worker import Count, Save
+from tests import ROOT
+from tests.callbacks.test_adversarial_training import classifier, fast_gradient, pixels
+from tests.distributed.worker import Count, Save
 from tests.lightning_helpers import FILTERS, trainer
-from tests.test_adversarial_training import classifier, fast_gradient, pixels
 
-ROOT = Path(__file__).parent.parent
 pytestmark = FILTERS
 CALLBACKS = {
     "standard": lambda: [],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.bounds import direction_bounds, network_bound
 from lightning_lcnn.layers import CenteredSoftplus
-from tests.bound_attacks import ascend
+from tests.bounds.ascent import ascend
 
 
 def mlp(hidden: int) -> nn.Sequential:

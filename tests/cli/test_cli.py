@@ -20,8 +20,9 @@ from lightning_lcnn.cli import main
 from lightning_lcnn.data import Digits
 from lightning_lcnn.functional import normalized_curvature
 from lightning_lcnn.layers.upkeep import log_betas
+from tests import ROOT
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+CONFIGS = ROOT / "examples" / "configs"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SMALL = ["--config", str(CONFIGS / "digits.yaml"), "--model.network_args.width=2", "--data.limit_train=128", *QUIET]
 SMALL += ["--trainer.log_every_n_steps=1"]

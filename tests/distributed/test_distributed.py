@@ -13,10 +13,10 @@ import torch
 
 from lightning_lcnn.callbacks import PenaltyCallback, PowerIteration
 from lightning_lcnn.penalties import CurvaturePenalty
-from tests.ddp_worker import ByCallback
+from tests import ROOT
+from tests.distributed.worker import ByCallback
 from tests.lightning_helpers import FILTERS, trainer
 
-ROOT = Path(__file__).parent.parent
 pytestmark = FILTERS
 
 
@@ -26,7 +26,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def run_worker(folder: Path, strategy: str, package: str, *scenarios: str, launcher: tuple[str, ...] = ()) -> Path:
     """Run the worker script; Lightning starts the second process, or the launcher both."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LCNN_TEST_PACKAGE": package}
-    script = str(ROOT / "tests" / "ddp_worker.py")
+    script = str(ROOT / "tests" / "distributed" / "worker.py")
     command = [sys.executable, "-W", "ignore", *launcher, script, strategy, str(folder), *scenarios]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

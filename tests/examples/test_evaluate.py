@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lightning_lcnn.models import resnet18
+from tests import ROOT
 
 matplotlib.use("Agg")
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

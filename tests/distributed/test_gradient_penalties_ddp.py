@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from lightning_lcnn.callbacks import PowerIteration
-from tests.ddp_gradient_worker import PENALTIES, Gradients
+from tests import ROOT
+from tests.distributed.gradient_worker import PENALTIES, Gradients
 from tests.lightning_helpers import FILTERS, trainer
 
-ROOT = Path(__file__).parent.parent
 pytestmark = FILTERS
 
 
 def run_worker(folder: Path, strategy: str, *scenarios: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "tests" / "ddp_gradient_worker.py")
+    script = str(ROOT / "tests" / "distributed" / "gradient_worker.py")
     command = [sys.executable, "-W", "ignore", script, strategy, str(folder), *scenarios]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

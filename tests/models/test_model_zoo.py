@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,10 @@ from torch import nn
 
 from lightning_lcnn.conversion import fold
 from lightning_lcnn.penalties import CurvaturePenalty
+from tests import ROOT
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
-ROOT = Path(__file__).parents[1]
-
 # what the bound says, the mode of the penalty that has a graph, and of which networks
 EXPECTED = {
     ("finite", "bound"): (

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ddp_worker import Synchronised, watched
+from tests.distributed.test_distributed import TORCHRUN, assert_close, differing, load, run_worker
+from tests.distributed.worker import Synchronised, watched
 from tests.lightning_helpers import FILTERS, loader, trainer
-from tests.test_distributed import TORCHRUN, assert_close, differing, load, run_worker
 
 pytestmark = FILTERS
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lcnn.functional import centered_softplus
-from lightning_lcnn.kernels.fused_softplus import _composite
+from lightning_lcnn.kernels.fused_softplus import composite
 from lightning_lcnn.layers import CenteredSoftplus
 
 BETAS = [1e-6, 1e-4, 1e-2, 0.1, 1.0, 3.0, 10.0, 1e2, 1e3, 1e4]
@@ -37,7 +37,7 @@ def exact(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, torch.sigmoid(z), beta * torch.sigmoid(z) * torch.sigmoid(-z)
 
 
-@pytest.mark.parametrize("function", [centered_softplus, _composite], ids=["fused", "composite"])
+@pytest.mark.parametrize("function", [centered_softplus, composite], ids=["fused", "composite"])
 @pytest.mark.parametrize("beta", BETAS)
 def test_float32_is_accurate_in_value_and_both_derivatives(function, beta: float) -> None:
     # 5e-6: rounding of z = βx alone moves σ(z) by |z| eps, 5e-6 at the |z| = 80 where float32 still has normal numbers
@@ -78,7 +78,7 @@ def test_beta_gradient_does_not_depend_on_the_memory_format(memory_format: torch
     assert value.is_contiguous(memory_format=memory_format)
     got = torch.autograd.grad(value, [x, beta], upstream)
     beta64, x64 = beta.detach().double().requires_grad_(), x.detach().double().requires_grad_()
-    expected = torch.autograd.grad(_composite(x64, beta64), [x64, beta64], upstream.double())
+    expected = torch.autograd.grad(composite(x64, beta64), [x64, beta64], upstream.double())
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_in_place_beta_gradient(beta: float) -> None:
     upstream = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     got, expected = (torch.tensor(beta, dtype=d).requires_grad_() for d in (torch.float32, torch.float64))
     in_place(x.requires_grad_(), got).backward(upstream)
-    _composite(x.detach().double(), expected).backward(upstream.double())
+    composite(x.detach().double(), expected).backward(upstream.double())
     # each term of the sum is below log(2)/β² and rounded at 1e-6 of it, random signs
     torch.testing.assert_close(got.grad.double(), expected.grad, rtol=1e-4, atol=1e-5 / beta**2)
     assert torch.isfinite(x.grad).all()

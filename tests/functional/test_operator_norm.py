@@ -19,7 +19,7 @@ from lightning_lcnn.functional import (
 )
 from lightning_lcnn.functional.singular_vectors import conv_geometry, conv_operator
 from lightning_lcnn.layers import SpectralConv1d, SpectralConv2d, SpectralConv3d, SpectralLinear
-from tests.test_power_iteration import dense_convolution, random_convolution
+from tests.functional.test_power_iteration import dense_convolution, random_convolution
 
 CONV_NORM = "lightning_lcnn.functional.conv_norm"
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 from torch import nn
 
+from tests import ROOT
+
 matplotlib.use("Agg")
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

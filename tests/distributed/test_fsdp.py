@@ -35,6 +35,7 @@ from lightning_lcnn.layers import (
     update_spectral_norm,
 )
 from lightning_lcnn.penalties import MODES, CurePenalty, CurvaturePenalty, GradientNormPenalty
+from tests import ROOT
 from tests.lightning_helpers import examples
 
 STEPS = 6
@@ -230,7 +231,7 @@ def worker(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """Folder, and what the two processes found; one start serves all tests."""
     folder = tmp_path_factory.mktemp("fsdp")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
     workers = [
         subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)

@@ -15,8 +15,7 @@ from torch import nn
 from lightning_lcnn.callbacks import PowerIteration
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurePenalty, CurvaturePenalty, GradientNormPenalty, Penalty
-from tests import ddp_worker
-from tests.ddp_worker import Sharded, net_without_batch_norm, run
+from tests.distributed.worker import Sharded, net_without_batch_norm, run
 
 PENALTIES = {
     "exact": GradientNormPenalty(0.3),
@@ -54,6 +53,6 @@ def scenario(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ddp_worker.STRATEGY, ddp_worker.OUT = sys.argv[1], Path(sys.argv[2])
+    worker.STRATEGY, worker.OUT = sys.argv[1], Path(sys.argv[2])
     for name in sys.argv[3:]:
         scenario(name)
