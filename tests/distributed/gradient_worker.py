@@ -15,6 +15,7 @@ from torch import nn
 from lightning_lcnn.callbacks import PowerIteration
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurePenalty, CurvaturePenalty, GradientNormPenalty, Penalty
+from tests.distributed import worker
 from tests.distributed.worker import Sharded, net_without_batch_norm, run
 
 PENALTIES = {
