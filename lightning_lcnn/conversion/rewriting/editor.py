@@ -222,9 +222,10 @@ def _compile(method: Method) -> Callable[..., Any]:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     base, methods = type(self).rewritten_from  # type: ignore[attr-defined]
-    return (_new, (base, methods), *base.__reduce_ex__(self, protocol)[2:])
+    return (rebuilt, (base, methods), *base.__reduce_ex__(self, protocol)[2:])
 
 
-def _new(base: Any, methods: tuple[Method, ...]) -> nn.Module:
+def rebuilt(base: Any, methods: tuple[Method, ...]) -> nn.Module:
+    """An object of the class with these edits, still without state: what a pickle calls."""
     cls = rewritten_class(base, methods)
     return cls.__new__(cls)
