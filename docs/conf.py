@@ -51,6 +51,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
 
+# Sphinx shows no comments, and the fields of our results carry shape and meaning in one each, beside the field and not
+# a second time in a docstring that would drift from it. So they are read from the source here. May go when autodoc
+# shows `#:` comments behind dataclass fields in the parameter list.
 def add_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Give results their fields, whose shapes and meanings stand in comments of the source."""
     if what == "class" and dataclasses.is_dataclass(obj) and not any(line.startswith(":param") for line in lines):

@@ -59,6 +59,9 @@ class LCNNMixin:
     _lcnn_in_step: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        # The user's class comes before this one in the MRO, so a training_step defined here would never run, and
+        # Lightning has no hook that may replace the loss between step and backward: with one, this may go. Wrapped on
+        # the class and not on the instance, the step is there in spawned processes, copies and compiled modules.
         super().__init_subclass__(**kwargs)
         _check_base_order(cls)
         _wrap_training_step(cls)

@@ -149,6 +149,9 @@ class AdversarialTraining(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Replace the instance's ``training_step``, after the callbacks that do so in their ``setup``."""
         self._fit_seed = torch.initial_seed() if self.seed is None else self.seed
+        # Patched, because on_train_batch_start may look at a batch but not replace it, and on_after_batch_transfer is
+        # the user's and runs for validation too. Undone as PenaltyCallback undoes its own, in the reverse order. May go
+        # when a hook of callbacks can replace the batch.
         step = pl_module.training_step
 
         @functools.wraps(step, updated=())

@@ -15,6 +15,9 @@ from lightning_lcnn.penalties.curvature import defines_forward, network_of, trai
 from lightning_lcnn.recording.forward_capture import ForwardCapture
 
 
+# Two packages, one and the same Lightning under two names, whose classes know nothing of each other. A bare callback in
+# Trainer(callbacks=...) and LightningCLI are checked against the class. May go when pytorch_lightning is not supported
+# any more.
 def _installed_callback_classes() -> tuple[type, ...]:
     """Import the Callback class of each installed package; the second one adds 0.07 s to the import of the first."""
     found = []

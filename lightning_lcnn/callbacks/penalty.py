@@ -55,6 +55,9 @@ class PenaltyCallback(Callback):
         if stage != "fit" or self._undo is not None:
             return
         self._check(trainer, pl_module)
+        # The instance's, not the class's: other modules of that class shall not be penalised. Undone after the fit and
+        # after errors: a copy of a patched module would run the original's step, and a local function has no pickle.
+        # May go when a hook of callbacks can replace the loss between step and backward; none can.
         step = pl_module.training_step
 
         @functools.wraps(step, updated=())

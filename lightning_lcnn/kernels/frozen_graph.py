@@ -20,6 +20,9 @@ _DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3
 _Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
+# A function mode, because it must act above autograd: a dispatch mode runs below, where torch records its own node in
+# any case, and replacing modules would miss calls of F.conv2d. Without it values are the same and a product takes twice
+# the time. May go when torch's double backward of a convolution skips the gradient of a weight that needs none.
 class FrozenGraph(TorchFunctionMode):
     """Inside, convolutions and evaluation-mode batch norms build graphs that are differentiated twice at low cost.
 

@@ -65,7 +65,9 @@ def _is_executed(node: Any) -> bool:
         return True
 
 
-# ``known``: what can be computed again, set within ``recompute_activations``; hooks on saved tensors belong to a thread
+# ``known``: what can be computed again, set within ``recompute_activations``. Local to the thread, as torch's hooks on
+# saved tensors are: with a global one a forward in another thread, of nn.DataParallel or a server, would write down
+# recipes that no hook of its own reads, and keep their inputs alive. Backward reads none of it, whatever its thread.
 recomputation = threading.local()
 
 

@@ -56,6 +56,10 @@ def recompute_activations(enabled: bool = True) -> AbstractContextManager[Any]:
     return _Recomputation() if enabled and not torch.compiler.is_compiling() else nullcontext()
 
 
+# Hooks on saved tensors, because several nodes keep one tensor: an activation is kept by its own node and by the
+# convolution that reads it. Only where autograd saves can both get the same recipe. torch.utils.checkpoint would run
+# convolutions twice; this runs again what costs 1 to 6 % of a step, for 0.81 instead of 1.03 times the ReLU network's
+# memory at width 16. May go when eager torch recomputes pointwise operations itself, as its compiler does.
 class _Recomputation(saved_tensors_hooks):
     def __init__(self) -> None:
         super().__init__(_pack, _unpack)

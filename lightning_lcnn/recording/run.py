@@ -105,6 +105,9 @@ class _Recorder(TorchDispatchMode):
             self.sources[id(output)] = (output, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A dispatch mode, because nothing above ATen sees all: symbolic tracing loses statements that write in place, a
+        # function mode sees the outer call alone of what runs in C++, such as scripted functions. An operation that is
+        # missed is a kink that nobody reports. Stays as long as conversion must know what truly ran.
         here = self.stack[-1] if self.stack else ""
         for tensor in tensors((args, kwargs)):
             if id(tensor) in self.sources:

@@ -1,6 +1,6 @@
 """The kinds of map that a network is made of, and what the bounds need to know of each.
 
-Every piece answers twice, and the recursion in ``recursion.py`` is the same for both answers:
+Every piece answers twice:
 ``log_slope`` and ``log_bend`` cheaply and differentiably, without the input's size (the penalty's surrogate);
 ``certify`` soundly, in float64 and at the true shapes (:func:`~lightning_lcnn.bounds.network_bound`).
 """

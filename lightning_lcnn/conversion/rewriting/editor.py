@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Why source is edited: a kink that a forward calls as a function has no module to replace and no place for its β, and
+# left alone it makes the curvature infinite. A traced graph would freeze branches, flags and loops; a mode or a patch
+# would have to be on in every forward, copy and process. May go when torch can hook functional calls for good.
 Build = tuple[Callable[..., nn.Module], tuple[str, ...]]  # module class, names of the arguments after the input
 
 
@@ -195,6 +198,9 @@ def _build(build: Build, arguments: list[ast.expr], keywords: list[ast.keyword])
         return None
 
 
+# Cached, so that equal edits are one class for all blocks of a network, its copies and what is loaded, not one more for
+# each. No module has a class of this name, so a pickle carries the user's class and the edited text instead
+# (_reduce_ex): without that neither copy.deepcopy nor torch.save nor a spawned process could take the network.
 @cache
 def rewritten_class(base: Any, methods: tuple[Method, ...]) -> type[nn.Module]:
     """Return a subclass of ``base`` with the edited methods; one class for all equal requests."""
@@ -222,9 +228,10 @@ def _compile(method: Method) -> Callable[..., Any]:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     base, methods = type(self).rewritten_from  # type: ignore[attr-defined]
-    return (_new, (base, methods), *base.__reduce_ex__(self, protocol)[2:])
+    return (rebuilt, (base, methods), *base.__reduce_ex__(self, protocol)[2:])
 
 
-def _new(base: Any, methods: tuple[Method, ...]) -> nn.Module:
+def rebuilt(base: Any, methods: tuple[Method, ...]) -> nn.Module:
+    """An object of the class with these edits, still without state: what a pickle calls."""
     cls = rewritten_class(base, methods)
     return cls.__new__(cls)
