@@ -19,10 +19,10 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 
 Build = tuple[Callable[..., nn.Module], tuple[str, ...]]  # module class, names of the arguments after the input
+Functions = Mapping[Any, Build]  # of functions, and of methods of tensors by their names
 
 
 class CannotRewriteError(Exception):
@@ -44,7 +44,7 @@ class _Edit(ast.NodeTransformer):
 
     scope: Callable[..., Any]  # the method
     receiver: str  # its name for self
-    functions: Mapping[Any, Build]
+    functions: Functions
     separate: Collection[str]  # children that get a sibling for every call after the first
     taken: set[str]
     created: dict[str, nn.Module | str] = field(default_factory=dict)  # a string: a copy of that child
@@ -83,9 +83,9 @@ class _Edit(ast.NodeTransformer):
         """Return the known function that is called and its positional arguments; x.relu() counts as relu(x)."""
         function = self._resolve(node.func)
         if function is None:
-            is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_")
+            is_method = isinstance(node.func, ast.Attribute) and node.func.attr in self.functions
             if is_method and not node.args and not node.keywords and not self._child_of(node.func):
-                return torch.relu, [node.func.value]  # type: ignore[attr-defined]
+                return node.func.attr, [node.func.value]  # type: ignore[attr-defined]
             return None, []
         return function, [*(keyword.value for keyword in node.keywords if keyword.arg == "input"), *node.args]
 
@@ -109,7 +109,7 @@ def is_function(value: Any) -> bool:
 
 
 def edit_method(
-    module: nn.Module, code: CodeType, functions: Mapping[Any, Build], separate: Collection[str] = ()
+    module: nn.Module, code: CodeType, functions: Functions, separate: Collection[str] = ()
 ) -> dict[str, nn.Module]:
     """Replace known functional calls in one method of a module by new children.
 
