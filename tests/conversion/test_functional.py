@@ -90,12 +90,25 @@ class Comprehension(Base):
         return F.relu(x)
 
 
+class Statements(Base):
+    """In-place calls whose result nobody takes."""
+
+    def between(self, x):
+        F.relu_(x)
+        F.leaky_relu(x, 0.2, inplace=True)
+        y = 2 * x
+        y.relu_()
+        F.hardtanh(y, -1.0, 1.0, True)
+        return x + y
+
+
 class InPlaceFunctions(Base):
     def between(self, x):
         return F.leaky_relu_(x.clone(), 0.2) + F.hardtanh_(x.clone(), -2.0) + torch.selu_(x.clone())
 
 
 REPLACED = [
+    (Statements, 4),
     (InPlaceFunctions, 3),
     (Function, 1),
     (Spelled, 4),
@@ -201,6 +214,18 @@ def test_lightning_module():
 
 def helper(x):
     return F.relu(x)
+
+
+def test_a_statement_is_replaced_where_the_example_has_nothing_to_cut_off():
+    """The output alone would not show that the call was lost."""
+    model = Statements()
+    with torch.no_grad():
+        model.first.bias.fill_(100.0)
+    converted = to_low_curvature(model, X, beta=1e9)
+    with torch.no_grad():
+        model.first.bias.fill_(-1.0)
+        converted.first.bias.fill_(-1.0)
+    torch.testing.assert_close(converted(X), model(X), atol=1e-4, rtol=1e-4)
 
 
 class Softsign(Base):

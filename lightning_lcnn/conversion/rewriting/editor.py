@@ -68,6 +68,29 @@ class _Edit(ast.NodeTransformer):
         name = self._new_child(type(module).__name__.lower(), module)
         return ast.Call(func=name, args=[arguments[0]], keywords=[])
 
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        """``F.relu_(x)`` as a statement becomes ``x = self.relu_1(x)``, for the module works out of place."""
+        name = self._overwritten(node.value)
+        call = self.visit(node.value)
+        if name is not None and call is not node.value:
+            assign = ast.Assign(targets=[ast.Name(id=name, ctx=ast.Store())], value=call)
+            return ast.copy_location(assign, node)
+        node.value = call
+        return node
+
+    def _overwritten(self, node: ast.expr) -> str | None:
+        """Name of the variable whose tensor a call of a known function changes in place, if it is one."""
+        function, arguments = self._function_of(node) if isinstance(node, ast.Call) else (None, [])
+        if function is None or not arguments or not isinstance(arguments[0], ast.Name):
+            return None
+        assert isinstance(node, ast.Call)
+        given = dict(zip(self.functions[function][1], arguments[1:], strict=False))
+        given |= {str(keyword.arg): keyword.value for keyword in node.keywords}
+        inplace = given.get("inplace")
+        overwrites = isinstance(inplace, ast.Constant) and bool(inplace.value)
+        spelled = function if isinstance(function, str) else function.__name__
+        return arguments[0].id if overwrites or spelled.endswith("_") else None
+
     def _child_of(self, node: ast.expr) -> str:
         is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         return node.attr if is_attribute and node.value.id == self.receiver else ""  # type: ignore[attr-defined]
