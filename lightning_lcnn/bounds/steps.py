@@ -228,21 +228,37 @@ def _check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Refuse in-place changes of a value that is read again, which the graph does not show."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if not (_is_in_place(node, modules) and node.args and isinstance(node.args[0], fx.Node)):
+        changed = _changed(node, modules)
+        if not isinstance(changed, fx.Node):
             continue
-        later = [user for user in node.args[0].users if position[user] > position[node]]
+        later = [user for user in changed.users if position[user] > position[node]]
         if later or not node.users:
             raise ValueError(
-                f"`model` changes '{node.args[0].name}' in place at '{node.name}' and reads it again afterwards; "
+                f"`model` changes '{changed.name}' in place at '{node.name}' and reads it again afterwards; "
                 "use the out-of-place form (inplace=False)."
             )
+
+
+def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """The node that a call writes into; None where it writes into nothing."""
+    if "out" in node.kwargs:
+        return node.kwargs["out"]
+    if not _is_in_place(node, modules):
+        return None
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
-        return (
-            str(node.target).endswith("_") and not str(node.target).startswith("__") and node.target != "requires_grad_"
-        )
-    return node.op == "call_function" and (node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False)))
+        return _names_overwriting(str(node.target)) and node.target != "requires_grad_"
+    if node.op != "call_function":
+        return False
+    # torch.relu_ and the like, but not operator.and_
+    by_name = _names_overwriting(_function_name(node)) and getattr(node.target, "__module__", "") != "_operator"
+    return by_name or node.target in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+
+
+def _names_overwriting(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("__")

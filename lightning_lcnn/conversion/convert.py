@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lightning_lcnn.conversion.decide import Change, ConversionReport, Decisions, Kept
 from lightning_lcnn.conversion.expand import Place, expand
 from lightning_lcnn.conversion.options import POOLING_KEPT, SKIPPED, Options, check_input, check_model, checked_skip
-from lightning_lcnn.conversion.rules import bend_reason
 from lightning_lcnn.conversion.tree import is_ours
+from lightning_lcnn.functional.bends import MAX_POOLINGS
 from lightning_lcnn.recording.run import Kink, record_run
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_POOLED = frozenset(name for bend in MAX_POOLINGS for name in bend.aten)
 Skip = Iterable[str | type[nn.Module]]
 
 
@@ -173,11 +174,11 @@ def _remaining_kinks(
     found: dict[tuple[str, str], Kept] = {}
     for kink in record_run(model, example_input).kinks:
         owner = model.get_submodule(kink.owner)
-        if is_ours(owner) or kink.owner in told or bend_reason(owner) == "":  # Softsign takes |x|, and has no kink
+        if is_ours(owner) or kink.owner in told:
             continue
         what = f"{kink.operation} at {kink.place()}"
         reason = _why_kink(kink, reasons)
-        if "max_pool" in kink.operation and options.max_pool == "keep":
+        if kink.operation in _POOLED and options.max_pool == "keep":
             reason = POOLING_KEPT
         if options.skips(kink.owner, owner):
             reason = SKIPPED

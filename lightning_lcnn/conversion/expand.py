@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lcnn.conversion import rules
 from lightning_lcnn.conversion.options import Options
 from lightning_lcnn.conversion.rewriting.editor import Build, CannotRewriteError, edit_method, is_function
 from lightning_lcnn.conversion.tree import is_stock, replace_modules, stock_form
-from lightning_lcnn.recording.run import Record, record_run, same_values
+from lightning_lcnn.functional.bends import ELEMENTWISE, MAX_POOLINGS, Bend
+from lightning_lcnn.recording.run import Kink, Record, record_run, same_values
 
-_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-ACTIVATIONS: dict[Any, Build] = {
-    F.relu: (nn.ReLU, ("inplace",)),
-    torch.relu: (nn.ReLU, ()),
-    torch.relu_: (nn.ReLU, ()),
-    F.relu6: (nn.ReLU6, ("inplace",)),
-    F.leaky_relu: (nn.LeakyReLU, ("negative_slope", "inplace")),
-    F.hardtanh: (nn.Hardtanh, ("min_val", "max_val", "inplace")),
-    F.hardsigmoid: (nn.Hardsigmoid, ("inplace",)),
-    F.hardswish: (nn.Hardswish, ("inplace",)),
-    F.softshrink: (nn.Softshrink, ("lambd",)),
-    F.elu: (nn.ELU, ("alpha", "inplace")),
-    F.celu: (nn.CELU, ("alpha", "inplace")),
-    F.selu: (nn.SELU, ("inplace",)),
-    F.silu: (nn.SiLU, ("inplace",)),
-    F.mish: (nn.Mish, ("inplace",)),
-    F.gelu: (nn.GELU, ("approximate",)),
-    F.softplus: (nn.Softplus, ("beta", "threshold")),
-    torch.celu: (nn.CELU, ("alpha",)),
-    torch.selu: (nn.SELU, ()),
-}
-POOLINGS: dict[Any, Build] = {
-    F.max_pool1d: (nn.MaxPool1d, _POOL),
-    F.max_pool2d: (nn.MaxPool2d, _POOL),
-    F.max_pool3d: (nn.MaxPool3d, _POOL),
-    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
-}
+# arguments of the functional poolings, in their order
+_POOL = ("output_size", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 Place = tuple[str, CodeType]  # path of a module and code of one of its methods
+
+
+def _forms(bends: Iterable[Bend]) -> dict[Any, Build]:
+    """What functions, and methods of tensors by their names, become: a module and the arguments after the input."""
+    table: dict[Any, Build] = {}
+    for bend in bends:
+        (cls,) = bend.modules
+        known = inspect.signature(cls).parameters
+        names = bend.arguments if bend.curve else tuple(name for name in _POOL if name in known)
+        table |= dict.fromkeys((*bend.functions, *bend.methods), (cls, names))
+    return table
+
+
+# PReLU's function takes its slopes as a tensor, which its module has to own
+_ACTIVATIONS = [bend for bend in ELEMENTWISE if rules.is_converted(bend) and nn.PReLU not in bend.modules]
+ACTIVATIONS = _forms(_ACTIVATIONS)
+POOLINGS = _forms(filter(rules.is_converted, MAX_POOLINGS))
+_OPERATIONS = frozenset(name for bend in _ACTIVATIONS for name in bend.aten)
 
 
 def expand(model: nn.Module, example_input: Tensor, options: Options) -> tuple[nn.Module, Record, dict[Place, str]]:
@@ -99,7 +93,7 @@ def _copy(model: nn.Module) -> nn.Module:
 def _places(model: nn.Module, record: Record, options: Options) -> dict[Place, set[str]]:
     """Return the methods to edit, each with the activations to be given one module for every call."""
     places: dict[Place, set[str]] = {}
-    for kink in record.kinks + record.smooth:
+    for kink in _convertible(record):
         module = model.get_submodule(kink.owner)
         if kink.code is None or options.skips(kink.owner, module):
             continue
@@ -112,6 +106,11 @@ def _places(model: nn.Module, record: Record, options: Options) -> dict[Place, s
     return places
 
 
+def _convertible(record: Record) -> list[Kink]:
+    """All kinks, and the smooth activations that get a β."""
+    return record.kinks + [place for place in record.smooth if place.operation in _OPERATIONS]
+
+
 def _edit(model: nn.Module, place: Place, separate: set[str], options: Options) -> None:
     owner, code = place
     module = model.get_submodule(owner)
@@ -122,7 +121,7 @@ def _edit(model: nn.Module, place: Place, separate: set[str], options: Options) 
 
 def _replace_attributes(model: nn.Module, record: Record, options: Options) -> None:
     """Turn ``self.activation = F.relu`` into a child module of that name."""
-    owners = {kink.owner for kink in record.kinks + record.smooth}
+    owners = {kink.owner for kink in _convertible(record)}
     for name, module in model.named_modules():
         if name not in owners or is_stock(module) or options.skips(name, module):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lcnn.bounds.rules.activations import CURVES, curve_of
+from lightning_lcnn.bounds.rules.activations import CURVES, curve_of_module
 from lightning_lcnn.conversion.options import POOLING_KEPT, Options
+from lightning_lcnn.functional.bends import Bend
 from lightning_lcnn.kernels.clipped_batch_norm import batch_norm_slope
 from lightning_lcnn.layers import (
     CenteredSoftplus,
@@ -50,14 +52,7 @@ KINKED: dict[type[nn.Module], Callable[[Any, float], nn.Module]] = {
     nn.SELU: lambda old, beta: SmoothELU(_SELU_ALPHA, _SELU_SCALE, beta),
 }
 # smooth already: they get a β that starts at 1, where they are the same function
-SCALABLE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.SiLU: lambda old: nn.SiLU(),
-    nn.GELU: lambda old: nn.GELU(old.approximate),
-    nn.Mish: lambda old: nn.Mish(),
-    nn.ELU: lambda old: nn.ELU(old.alpha),
-    nn.CELU: lambda old: nn.CELU(old.alpha),
-    nn.Softplus: lambda old: nn.Softplus(old.beta, old.threshold),
-}
+SCALABLE: tuple[type[nn.Module], ...] = (nn.SiLU, nn.GELU, nn.Mish, nn.ELU, nn.CELU, nn.Softplus)
 SPECTRAL: dict[type[nn.Module], Any] = {
     nn.Linear: SpectralLinear,
     nn.Conv1d: SpectralConv1d,
@@ -78,7 +73,6 @@ AVERAGE: dict[type[nn.Module], type[nn.Module]] = {
     nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool3d: nn.AdaptiveAvgPool3d,
 }
-_CURVES = {cls: curve for curve, classes, _ in CURVES for cls in classes if cls is not CenteredSoftplus}
 
 
 def activation(old: nn.Module, options: Options) -> nn.Module | None:
@@ -86,19 +80,31 @@ def activation(old: nn.Module, options: Options) -> nn.Module | None:
     if type(old) in options.activations:
         return CenteredSoftplus(options.beta)
     if type(old) in SCALABLE and not bend_reason(old):
-        return ScaledActivation(SCALABLE[type(old)](old))
+        return ScaledActivation(_plain(old))
     return KINKED[type(old)](old, options.beta) if type(old) in KINKED else None
+
+
+def is_converted(bend: Bend) -> bool:
+    """Whether modules of this operation have a low-curvature form."""
+    return any(cls in KINKED or cls in SCALABLE or cls in AVERAGE for cls in bend.modules)
 
 
 def is_activation(module: nn.Module, options: Options) -> bool:
     """Whether it is an activation that we know of or were told of."""
-    return type(module) in _CURVES or type(module) in options.activations
+    known = type(module) in CURVES and type(module) is not CenteredSoftplus
+    return known or type(module) in options.activations
 
 
 def bend_reason(module: nn.Module) -> str | None:
     """Return why an activation has kinks, "" if it has none, None if the module is no known activation."""
-    curve = _CURVES.get(type(module))
-    return None if curve is None else curve_of(module, curve).reason
+    curve = None if type(module) is CenteredSoftplus else curve_of_module(module)
+    return None if curve is None else curve.reason
+
+
+def _plain(old: nn.Module) -> nn.Module:
+    """The same activation out of place."""
+    names = inspect.signature(CURVES[type(old)]).parameters
+    return type(old)(**{name: getattr(old, name) for name in names if name != "inplace"})
 
 
 def _prelu(old: Any, beta: float) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_lcnn._checks import check_choice, check_positive
+from lightning_lcnn.functional.bends import bends_in_graph
 from lightning_lcnn.functional.input_function import InputFunction
 from lightning_lcnn.functional.lanczos import safe_norm
 from lightning_lcnn.kernels.frozen_graph import FrozenGraph
@@ -180,13 +181,6 @@ def _inspect(model: Any, values: Tensor, twice: bool) -> None:
         )
 
 
-# Starts of the names of autograd nodes whose functions have corners.
-_KINKS: tuple[str, ...] = (
-    *("Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Softshrink"),
-    *("Hardshrink", "MaxPool", "AdaptiveMaxPool", "FractionalMaxPool", "CudnnConvolutionRelu"),
-)
-
-
 def graph_nodes(values: Tensor) -> list[Any]:
     """All operations in the graph of ``values``."""
     nodes: dict[Any, None] = {}
@@ -200,13 +194,13 @@ def graph_nodes(values: Tensor) -> list[Any]:
 
 
 def kinks_of(nodes: Iterable[Any]) -> list[str]:
-    """Sorted names of the operations with corners.
+    """Sorted names of the operations that tell of a kink.
 
     Example:
         >>> kinks_of(graph_nodes(torch.ones(1, requires_grad=True).relu()))
         ['Relu']
     """
-    return sorted({node.name().split("Backward")[0] for node in nodes if node.name().startswith(_KINKS)})
+    return sorted({name for name in map(bends_in_graph, nodes) if name is not None})
 
 
 def is_once_differentiable(node: Any) -> bool:

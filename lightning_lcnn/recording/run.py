@@ -1,4 +1,4 @@
-"""One recorded run of a model: who calls what, where each tensor goes, and which operations have kinks."""
+"""One recorded run of a model: who calls what, where each tensor goes, and which operations bend or have kinks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# ATen operations that jump or whose derivative does; a trailing underscore (the in-place form) is cut off first
-KINKS = frozenset(
-    {
-        *("relu", "leaky_relu", "_prelu_kernel", "rrelu_with_noise", "hardtanh", "hardsigmoid", "hardswish"),
-        *("threshold", "hardshrink", "softshrink", "clamp", "clamp_min", "clamp_max"),
-        *("abs", "sign", "round", "floor", "ceil", "trunc", "median", "kthvalue", "topk", "sort"),
-        *("max", "min", "amax", "amin", "maximum", "minimum", "mkldnn_max_pool2d"),
-        *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-        *("fractional_max_pool2d", "fractional_max_pool3d"),
-    }
-)
-_SMOOTH = frozenset({"silu", "gelu", "mish", "softplus", "elu", "celu"})  # activations without one
+from lightning_lcnn.functional.bends import OF_ATEN, OF_CODE
+
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose outputs are followed
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -43,10 +33,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Kink:
-    """A non-smooth operation, or a smooth activation, and the line of the caller's source that asked for it."""
+    """An operation that bends, and the line of the caller's source that asked for it."""
 
     owner: str  # path of the innermost module that was running
-    operation: str
+    operation: str  # its ATen name
     code: CodeType | None  # function that contains the call, outside torch
     line: int
     on_owner: bool  # whether that function is a method of the owner
@@ -62,7 +52,7 @@ class Record:
 
     usage: dict[str, Usage]  # by module path
     kinks: list[Kink] = field(default_factory=list)
-    smooth: list[Kink] = field(default_factory=list)  # places of activations that are smooth already
+    smooth: list[Kink] = field(default_factory=list)  # places of operations that bend without a kink
     read_outside: set[str] = field(default_factory=set)  # modules whose tensors another module read directly
     output: Any = None
 
@@ -117,25 +107,25 @@ class _Recorder(TorchDispatchMode):
                 self.record.read_outside |= owners
         output = func(*args, **(kwargs or {}))
         operation = func.overloadpacket.__name__.rstrip("_")
-        is_kink = operation in KINKS or (operation == "elu" and _elu_jumps(*args[1:]))
-        if (is_kink or operation in _SMOOTH) and any(t.is_floating_point() for t in tensors(output)):
-            (self.record.kinks if is_kink else self.record.smooth).append(self._kink(here, operation))
+        bend = OF_ATEN.get(operation)
+        if bend is not None and any(t.is_floating_point() for t in tensors(output)):
+            kink, is_part = self._kink(here, operation)
+            has_kink = bend.has_kink(*args[1:], **(kwargs or {})) and not is_part
+            (self.record.kinks if has_kink else self.record.smooth).append(kink)
         return output
 
-    def _kink(self, owner: str, operation: str) -> Kink:
+    def _kink(self, owner: str, operation: str) -> tuple[Kink, bool]:
+        """Where the operation was asked for, and whether it is a part of a function that is smooth as a whole."""
         frame: Any = sys._getframe(2)
+        is_part = False
         while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+            is_part |= frame.f_code in OF_CODE
             frame = frame.f_back
         if frame is None:
-            return Kink(owner, operation, None, 0, False)
+            return Kink(owner, operation, None, 0, False), is_part
         arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
         receiver = frame.f_locals.get(arguments[0]) if arguments else None
-        return Kink(owner, operation, frame.f_code, frame.f_lineno, receiver is self.modules[owner])
-
-
-def _elu_jumps(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> bool:
-    """Whether the slope jumps at 0, from alpha * scale * input_scale to scale; ELU, CELU and SELU arrive here."""
-    return alpha * input_scale != 1
+        return Kink(owner, operation, frame.f_code, frame.f_lineno, receiver is self.modules[owner]), is_part
 
 
 def record_run(model: nn.Module, example_input: Tensor) -> Record:

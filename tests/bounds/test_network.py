@@ -114,6 +114,26 @@ def test_kinks_are_infinite_with_a_reason() -> None:
     assert margin_bounds(net, torch.zeros(1, 1, 6, 6)).negative[0, 1] == math.inf
 
 
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (lambda x: F.leaky_relu_(2 * x, 1.5), 3.0),
+        (lambda x: F.hardtanh_(2 * x, -2.0, 3.0), 2.0),
+        (lambda x: torch.selu_(1 * x), 1.7580993408474),
+        (lambda x: F.elu_(1 * x, 1.0, 3.0), 3.0),
+        (lambda x: x.clamp(min=0), 1.0),
+        (lambda x: torch.clip(x, -1, 1), 1.0),
+        (lambda x: torch.clamp_max(2 * x, torch.ones(3)), 2.0),
+        (lambda x: abs(x), 1.0),
+        (lambda x: torch.cos_(3 * x), 3.0),
+    ],
+)
+def test_functions_in_place_and_clamps(function: Any, slope: float) -> None:
+    bound = network_bound(Function(lambda m, x: function(x)), torch.zeros(1, 3))
+    assert bound.slope == pytest.approx(slope, rel=1e-5)
+    assert bound.curvature == math.inf or bound.reasons == ()
+
+
 def test_batch_norm_is_folded_into_its_convolution() -> None:
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
@@ -266,6 +286,10 @@ REFUSALS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (Function(lambda m, x: x.view(1, -1)), (1, 3), "couples the examples of a batch at 'view'"),
     (Function(lambda m, x: (x, x)), (1, 3), "must return one tensor"),
     (Function(lambda m, x: F.relu(x, inplace=True) + x), (1, 3), "changes 'x' in place at 'relu'"),
+    (Function(lambda m, x: (F.leaky_relu_(x, 0.1), x)[1]), (1, 3), "changes 'x' in place at 'leaky_relu_'"),
+    (Function(lambda m, x: (torch.relu_(x), x)[1]), (1, 3), "changes 'x' in place at 'relu_'"),
+    (Function(lambda m, x: (torch.sin(2 * x, out=x), x)[1]), (1, 3), "changes 'x' in place at 'sin'"),
+    (Function(lambda m, x: torch.clamp(x, min=x.mean(1, keepdim=True))), (1, 3), "other than its input depends"),
     (Function(lambda m, x: x.softmax(0)), (1, 3), "softmax over dimension 0"),
     (Function(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")), (1, 1, 3, 3), "negative coefficients"),
     (Function(lambda m, x: x + torch.randn(3)), (1, 3), "random numbers in evaluation mode"),

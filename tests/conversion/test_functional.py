@@ -15,7 +15,8 @@ from torch import nn, relu
 
 from lightning_lcnn.bounds import network_bound
 from lightning_lcnn.conversion import to_low_curvature
-from lightning_lcnn.layers import CenteredSoftplus, PiecewiseSoftplus
+from lightning_lcnn.layers import CenteredSoftplus, PiecewiseSoftplus, SmoothELU
+from lightning_lcnn.recording.run import record_run
 
 X = 3 * torch.randn(50, 4)  # so many that every ReLU has something to cut off
 SCALE = 2.0
@@ -90,7 +91,26 @@ class Comprehension(Base):
         return F.relu(x)
 
 
+class Statements(Base):
+    """In-place calls whose result nobody takes."""
+
+    def between(self, x):
+        F.relu_(x)
+        F.leaky_relu(x, 0.2, inplace=True)
+        y = 2 * x
+        y.relu_()
+        F.hardtanh(y, -1.0, 1.0, True)
+        return x + y
+
+
+class InPlaceFunctions(Base):
+    def between(self, x):
+        return F.leaky_relu_(x.clone(), 0.2) + F.hardtanh_(x.clone(), -2.0) + torch.selu_(x.clone())
+
+
 REPLACED = [
+    (Statements, 4),
+    (InPlaceFunctions, 3),
     (Function, 1),
     (Spelled, 4),
     (MethodOfTensor, 2),
@@ -104,7 +124,9 @@ REPLACED = [
 
 
 def smooth_children(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_children() if isinstance(m, CenteredSoftplus | PiecewiseSoftplus)]
+    return [
+        name for name, m in model.named_children() if isinstance(m, CenteredSoftplus | PiecewiseSoftplus | SmoothELU)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:to_low_curvature left")  # Inherited: the parent's method is overridden
@@ -193,6 +215,42 @@ def test_lightning_module():
 
 def helper(x):
     return F.relu(x)
+
+
+def test_a_statement_is_replaced_where_the_example_has_nothing_to_cut_off():
+    """The output alone would not show that the call was lost."""
+    model = Statements()
+    with torch.no_grad():
+        model.first.bias.fill_(100.0)
+    converted = to_low_curvature(model, X, beta=1e9)
+    with torch.no_grad():
+        model.first.bias.fill_(-1.0)
+        converted.first.bias.fill_(-1.0)
+    torch.testing.assert_close(converted(X), model(X), atol=1e-4, rtol=1e-4)
+
+
+class Softsign(Base):
+    def between(self, x):
+        return F.softsign(x)
+
+
+def test_softsign_has_no_kink_though_it_takes_the_absolute_value():
+    for model in (Softsign(), nn.Sequential(nn.Linear(4, 4), nn.Softsign(), nn.Linear(4, 4))):
+        assert not to_low_curvature(model, X, return_report=True)[1].kinks
+        assert not record_run(model, X).kinks
+
+
+def test_functional_poolings():
+    class Pooled(Base):
+        def between(self, x):
+            x = torch.max_pool1d(x[:, None], 3, 1, 1)
+            return F.adaptive_max_pool1d(x, 4)[:, 0]
+
+    model = Pooled()
+    _, report = to_low_curvature(model, X, max_pool="average", return_report=True)
+    assert {"AvgPool1d", "AdaptiveAvgPool1d"} <= {row.after for row in report.changed}
+    assert not report.kinks
+    assert {row.reason for row in to_low_curvature(model, X, return_report=True)[1].kinks} == {"max_pool='keep'"}
 
 
 class Helper(Base):

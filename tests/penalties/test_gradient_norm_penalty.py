@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_lcnn.functional import logit_margin, target_logit
-from lightning_lcnn.layers import CenteredSoftplus, LipschitzBatchNorm1d, SpectralConv2d, SpectralLinear
+from lightning_lcnn.layers import (
+    CenteredSoftplus,
+    LipschitzBatchNorm1d,
+    SmoothELU,
+    SmoothHardswish,
+    SmoothPReLU,
+    SpectralConv2d,
+    SpectralLinear,
+)
 from lightning_lcnn.models import resnet18
 from lightning_lcnn.penalties import GradientNormPenalty, Penalty
 from tests.lightning_helpers import COMPILER_WARNINGS, examples, small_net
@@ -259,6 +267,7 @@ class Kinked(nn.Module):
         (Kinked(), "Relu"),
         (nn.Sequential(small_net()[:3], nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)), "MaxPool"),
         (nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.LeakyReLU(0.1)), "LeakyRelu"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.SELU()), "Elu"),
     ],
 )
 def test_finite_difference_refuses_kinks(net: nn.Module, kink: str) -> None:
@@ -267,6 +276,13 @@ def test_finite_difference_refuses_kinks(net: nn.Module, kink: str) -> None:
         with pytest.raises(ValueError, match=rf"needs a smooth network, and \w+ has kinks \({kink}.*Use mode='exact'"):
             penalty(net, *examples())
     GradientNormPenalty()(net, *examples()).backward()
+
+
+def test_finite_difference_takes_every_smooth_activation() -> None:
+    activations = [nn.ELU(), nn.Softsign(), SmoothELU(1.6732632, 1.0507010), SmoothPReLU(), SmoothHardswish()]
+    for activation in activations:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), activation)
+        GradientNormPenalty(mode="finite_difference")(net, *examples()).backward()
 
 
 def test_replaced_modules_are_checked_again() -> None:

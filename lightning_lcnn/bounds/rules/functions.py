@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lcnn.bounds.rules.activations import CURVES, Curve
 from lightning_lcnn.bounds.rules.calls import Call, Signal, evaluate
 from lightning_lcnn.bounds.rules.modules import reshape, upsampling, zero_pad
 from lightning_lcnn.bounds.rules.normalizations import CalledBatchNorm, over_groups, over_last
@@ -38,6 +36,7 @@ from lightning_lcnn.bounds.rules.pooling import (
     window_average,
     windows,
 )
+from lightning_lcnn.functional.bends import ELEMENTWISE, NAMED, Bend
 
 
 def _shift_or_sum(call: Call) -> Piece:
@@ -199,9 +198,11 @@ def _softmax(bound: Callable[..., Any], call: Call) -> Piece:
     return Smooth(partial(bound, call.bind("dim", "_stacklevel", "dtype", dim=None)["dim"]))
 
 
-def _activation(curve: Callable[..., Curve], call: Call) -> Piece:
-    names = [n for n in inspect.signature(curve).parameters if n != "inplace"]
-    return Activation(partial(curve, **call.bind(*names)))
+def _activation(bend: Bend, call: Call) -> Piece:
+    if len(call.signals) > 1 or not isinstance(call.args[0] if call.args else call.kwargs.get("input"), Signal):
+        raise ValueError("an argument other than its input depends on the network's input")
+    assert bend.curve is not None
+    return Activation(partial(bend.curve, **call.bind(*bend.arguments)))
 
 
 _ATTENTION = "attention multiplies activations by activations, which has no finite slope on unbounded inputs"
@@ -237,8 +238,11 @@ def _register(rule: Callable[[Call], Piece], *targets: object) -> None:
 
 
 def _fill_rules() -> None:
-    for curve, _, targets in CURVES:
-        _register(partial(_activation, curve), *targets)
+    for bend in ELEMENTWISE:
+        if (
+            not bend.jumps and bend is not NAMED["prelu"]
+        ):  # whose slopes are trained: its module reads them anew each time
+            _register(partial(_activation, bend), *bend.functions, *bend.methods)
     _register(_shift_or_sum, operator.add, operator.iadd, torch.add, "add", "add_")
     _register(_shift_or_sum, operator.sub, operator.isub, torch.sub, "sub", "sub_")
     _register(_product, operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -271,8 +275,7 @@ def _fill_rules() -> None:
     for dims in (1, 2, 3):
         _register(partial(_average, dims), getattr(F, f"avg_pool{dims}d"))
         _register(partial(_adaptive, dims), getattr(F, f"adaptive_avg_pool{dims}d"))
-        max_pool = getattr(F, f"max_pool{dims}d")
-        _register(partial(_max_pool, dims), max_pool, getattr(torch, f"max_pool{dims}d"))
+        _register(partial(_max_pool, dims), *NAMED[f"max_pool{dims}d"].functions)
         _register(partial(_conv, dims), getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d"))
 
 

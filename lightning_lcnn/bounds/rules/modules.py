@@ -33,6 +33,7 @@ from lightning_lcnn.bounds.rules.pooling import (
     window_average,
     windows,
 )
+from lightning_lcnn.functional.bends import BENDS, NAMED
 from lightning_lcnn.kernels.modes import whole
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
@@ -52,9 +53,8 @@ REFUSED: dict[type, str] = {
     nn.LSTM: _PRODUCT,
     nn.GRU: _PRODUCT,
     nn.Embedding: "it reads integers, for which slope and curvature have no meaning",
-    nn.Hardshrink: "it jumps, so it has no slope",
-    nn.Threshold: "it jumps, so it has no slope",
 }
+REFUSED |= {cls: "it jumps, so it has no slope" for bend in BENDS if bend.jumps for cls in bend.modules}
 _RULES: dict[type, Callable[[Any], Piece]] = {}
 
 
@@ -217,9 +217,8 @@ def _smooth_pool(module: LogMeanExpPool2d) -> Piece:
 
 
 def _fill() -> None:
-    for curve, types, _ in CURVES:
-        for kind in types:
-            _RULES[kind] = partial(_activation, curve)
+    for kind, curve in CURVES.items():
+        _RULES[kind] = partial(_activation, curve)
     for kind in (nn.Linear, SPECTRAL[0]):
         _RULES[kind] = _linear
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *SPECTRAL[1:]):
@@ -250,7 +249,8 @@ def _fill() -> None:
     for dims in (1, 2, 3):
         _RULES[getattr(nn, f"AvgPool{dims}d")] = partial(_average, dims)
         _RULES[getattr(nn, f"AdaptiveAvgPool{dims}d")] = partial(_adaptive, dims)
-        _RULES[getattr(nn, f"MaxPool{dims}d")] = partial(_max_pool, dims)
+        for kind in NAMED[f"max_pool{dims}d"].modules:
+            _RULES[kind] = partial(_max_pool, dims)
 
 
 def _paddings(*kinds: str) -> list[str]:

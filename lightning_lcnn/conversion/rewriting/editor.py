@@ -19,13 +19,13 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 
 # Why source is edited: a kink that a forward calls as a function has no module to replace and no place for its β, and
 # left alone it makes the curvature infinite. A traced graph would freeze branches, flags and loops; a mode or a patch
 # would have to be on in every forward, copy and process. May go when torch can hook functional calls for good.
 Build = tuple[Callable[..., nn.Module], tuple[str, ...]]  # module class, names of the arguments after the input
+Functions = Mapping[Any, Build]  # of functions, and of methods of tensors by their names
 
 
 class CannotRewriteError(Exception):
@@ -47,7 +47,7 @@ class _Edit(ast.NodeTransformer):
 
     scope: Callable[..., Any]  # the method
     receiver: str  # its name for self
-    functions: Mapping[Any, Build]
+    functions: Functions
     separate: Collection[str]  # children that get a sibling for every call after the first
     taken: set[str]
     created: dict[str, nn.Module | str] = field(default_factory=dict)  # a string: a copy of that child
@@ -71,6 +71,29 @@ class _Edit(ast.NodeTransformer):
         name = self._new_child(type(module).__name__.lower(), module)
         return ast.Call(func=name, args=[arguments[0]], keywords=[])
 
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        """``F.relu_(x)`` as a statement becomes ``x = self.relu_1(x)``, for the module works out of place."""
+        name = self._overwritten(node.value)
+        call = self.visit(node.value)
+        if name is not None and call is not node.value:
+            assign = ast.Assign(targets=[ast.Name(id=name, ctx=ast.Store())], value=call)
+            return ast.copy_location(assign, node)
+        node.value = call
+        return node
+
+    def _overwritten(self, node: ast.expr) -> str | None:
+        """Name of the variable whose tensor a call of a known function changes in place, if it is one."""
+        function, arguments = self._function_of(node) if isinstance(node, ast.Call) else (None, [])
+        if function is None or not arguments or not isinstance(arguments[0], ast.Name):
+            return None
+        assert isinstance(node, ast.Call)
+        given = dict(zip(self.functions[function][1], arguments[1:], strict=False))
+        given |= {str(keyword.arg): keyword.value for keyword in node.keywords}
+        inplace = given.get("inplace")
+        overwrites = isinstance(inplace, ast.Constant) and bool(inplace.value)
+        spelled = function if isinstance(function, str) else function.__name__
+        return arguments[0].id if overwrites or spelled.endswith("_") else None
+
     def _child_of(self, node: ast.expr) -> str:
         is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         return node.attr if is_attribute and node.value.id == self.receiver else ""  # type: ignore[attr-defined]
@@ -86,9 +109,9 @@ class _Edit(ast.NodeTransformer):
         """Return the known function that is called and its positional arguments; x.relu() counts as relu(x)."""
         function = self._resolve(node.func)
         if function is None:
-            is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_")
+            is_method = isinstance(node.func, ast.Attribute) and node.func.attr in self.functions
             if is_method and not node.args and not node.keywords and not self._child_of(node.func):
-                return torch.relu, [node.func.value]  # type: ignore[attr-defined]
+                return node.func.attr, [node.func.value]  # type: ignore[attr-defined]
             return None, []
         return function, [*(keyword.value for keyword in node.keywords if keyword.arg == "input"), *node.args]
 
@@ -112,7 +135,7 @@ def is_function(value: Any) -> bool:
 
 
 def edit_method(
-    module: nn.Module, code: CodeType, functions: Mapping[Any, Build], separate: Collection[str] = ()
+    module: nn.Module, code: CodeType, functions: Functions, separate: Collection[str] = ()
 ) -> dict[str, nn.Module]:
     """Replace known functional calls in one method of a module by new children.
 
