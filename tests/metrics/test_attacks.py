@@ -158,9 +158,17 @@ def test_attacks_without_a_radius_count_within_it(model, batch):
     arguments = {"attack": "DeepFool", "attack_kwargs": {"steps": 10}, "radius_argument": None}
     with pytest.raises(ValueError, match=r"exceeded its budget: a perturbation of l2 norm .* over_budget='ignore'"):
         accuracy(model, (batch[0][:4], batch[1][:4]), radius=0.05, **arguments)
-    few = batch[0][:24], batch[1][:24]
-    curve = accuracy(model, few, radius=[0.05, 0.3, 3.0], over_budget="ignore", **arguments)
-    assert (curve.diff() < 0).all()
+    x, y = batch[0][:24], batch[1][:24]
+    radii = [0.05, 0.3, 3.0]
+    curve = accuracy(model, (x, y), radius=radii, over_budget="ignore", **arguments)
+    # the attack has one length for each image, whatever the radius: it counts from that radius on
+    adversarial = torchattacks.DeepFool(copy.deepcopy(model), steps=10)(x, y)
+    length = (adversarial - x).flatten(1).norm(dim=1)
+    fooled = (model(adversarial).argmax(1) != y) & (model(x).argmax(1) == y)
+    right = (model(x).argmax(1) == y).float().mean()
+    lost = torch.stack([(fooled & (length <= radius)).float().mean() for radius in radii])
+    torch.testing.assert_close(curve, right - lost)
+    assert lost[0] < lost[-1]
     with pytest.raises(RuntimeError, match="DeepFool takes no argument 'eps'; name the one"):
         accuracy(model, batch, radius=0.1, attack="DeepFool")
 
