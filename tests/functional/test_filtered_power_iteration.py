@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lcnn.functional import filtered_power_iteration
-from lightning_lcnn.functional import singular_vectors as power_iteration
+from lightning_lcnn.functional import filtered_power_iteration, power_iteration
 from lightning_lcnn.layers import SpectralLinear
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_lcnn.functional import largest_singular_triplet
-from lightning_lcnn.functional import singular_vectors as power_iteration
+from lightning_lcnn.functional import largest_singular_triplet, power_iteration
 from lightning_lcnn.functional.singular_vectors import conv_adjoint, conv_apply, conv_geometry, conv_operator
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
