@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._compat import uncompiled
 from lightning_lcnn.bounds.rules.modules import is_known
 from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes
 from lightning_lcnn.bounds.steps import Step, build_steps
@@ -344,7 +345,7 @@ def trace(model: nn.Module) -> CurvatureGraph:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    model = unsharded(getattr(model, "_orig_mod", model), gather=False)
+    model = unsharded(uncompiled(model), gather=False)
     return CurvatureGraph(build_steps(model, record(model, is_known)))
 
 

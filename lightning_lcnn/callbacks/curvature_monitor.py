@@ -13,6 +13,7 @@ from typing_extensions import override
 
 import lightning_lcnn.bounds as bounds
 from lightning_lcnn._checks import check_int
+from lightning_lcnn._compat import logger_step, logs_now
 from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import TOTALS, Callback, phase
 from lightning_lcnn.callbacks.batch import batch_input
@@ -204,8 +205,8 @@ class CurvatureMonitor(Callback):
         """Log if this is one of the steps."""
         if self.every_n_epochs is not None or not trainer.loggers:
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        due = trainer._logger_connector.should_update_logs
+        step = logger_step(trainer)
+        due = logs_now(trainer)
         if self.every_n_steps is not None:
             due = (step + 1) % self.every_n_steps == 0
         if due:
@@ -216,7 +217,7 @@ class CurvatureMonitor(Callback):
         """Log if this is one of the epochs, and show the totals to other callbacks."""
         every = self.every_n_epochs if self.every_n_epochs is not None else int(self.every_n_steps is None)
         if every and (trainer.current_epoch + 1) % every == 0:
-            self._log(trainer, pl_module, max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1))
+            self._log(trainer, pl_module, max(0, logger_step(trainer) - 1))
         self._show(pl_module)
 
     @override

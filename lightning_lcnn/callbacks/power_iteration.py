@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn._compat import averaged_network, ignore_in_ddp, ignored_by_ddp, logs_now
 from lightning_lcnn.callbacks.base import Callback, check_strategy, phase
 from lightning_lcnn.layers.spectral import SpectralLayer
 from lightning_lcnn.layers.upkeep import (
@@ -121,9 +122,9 @@ def _copy_to_host(value: Tensor) -> tuple[Tensor, Any]:
 
 
 def averaged_networks(trainer: Any) -> list[nn.Module]:
-    """Averages that the trainer's callbacks keep; Lightning's averaging callbacks all name them ``_average_model``."""
-    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
-    return [module for module in found if isinstance(module, nn.Module) and any(True for _ in spectral_layers(module))]
+    """Averages with spectral layers that the trainer's callbacks keep."""
+    found = map(averaged_network, trainer.callbacks)
+    return [module for module in found if module is not None and any(True for _ in spectral_layers(module))]
 
 
 def converge_averages(trainer: Any, tolerance: float, max_iterations: int) -> None:
@@ -274,7 +275,7 @@ class PowerIteration(Callback):
         if self._schedule.is_due(trainer.global_step):
             with phase(trainer, "power_iteration"):
                 self._schedule.refreshed(trainer.global_step, self._refresh(pl_module))
-        if self.residual is not None and trainer._logger_connector.should_update_logs:
+        if self.residual is not None and logs_now(trainer):
             pl_module.log("lcnn/spectral_residual", self.residual)
 
     @override
@@ -314,10 +315,10 @@ class PowerIteration(Callback):
 
 
 def _exclude_from_broadcast(module: torch.nn.Module) -> None:
-    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    ignored = ignored_by_ddp(module)
     layers = {id(layer) for layer in spectral_layers(module)}
     for prefix, layer in module.named_modules():
         if id(layer) in layers:
             ignored |= {f"{prefix}.{name}" for name in ("spectral_gradient", "right_vector")}
     if ignored:
-        module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+        ignore_in_ddp(module, ignored)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_lcnn._compat import has_hooks_between
 from lightning_lcnn.conversion import rules
 from lightning_lcnn.conversion.options import OUTPUT_LAYER, SKIPPED, Options
 from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
@@ -167,7 +168,7 @@ class Decisions:
             return None
         if self._why_untouched(norm, target):
             return None
-        if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
+        if has_hooks_between(module, target) or target.running_var.dtype.itemsize < 4:
             return None
         if not rules.takes_scale(target, sigma):
             return None

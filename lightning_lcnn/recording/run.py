@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lcnn._compat import DispatchMode
 
 # ATen operations that jump or whose derivative does; a trailing underscore (the in-place form) is cut off first
 KINKS = frozenset(
@@ -76,7 +77,7 @@ class Record:
         return consumer if self.usage[consumer].calls == 1 else None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Sees every ATen operation, also below scripted functions and custom autograd functions."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _kink(self, owner: str, operation: str) -> Kink:
-        frame: Any = sys._getframe(2)
+        frame: Any = inspect.currentframe()
         while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
             frame = frame.f_back
         if frame is None:
