@@ -135,7 +135,7 @@ def _wrap_training_step(cls: Any) -> None:
 def _inherited_step(cls: type) -> Callable[..., Any] | None:
     """A step that calls the one inherited from a base without the mixin; None where there is no such base."""
     inherited = getattr(cls, "training_step", None)
-    if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "_lcnn_wrapper"):
+    if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "is_lcnn_wrapper"):
         return None
 
     @functools.wraps(inherited, updated=())
@@ -171,7 +171,7 @@ def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper: Any = training_step
     wrapper.__wrapped__ = inspect.unwrap(step)
-    wrapper._lcnn_wrapper = True
+    wrapper.is_lcnn_wrapper = True
     return wrapper
 
 

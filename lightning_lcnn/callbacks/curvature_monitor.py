@@ -179,7 +179,7 @@ class CurvatureMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.certified = certified
-        self._cache = GraphCache()
+        self._graphs = GraphCache()
         self._traceable = True
         self._last_step = -1
         self._example: Tensor | None = None
@@ -192,7 +192,7 @@ class CurvatureMonitor(Callback):
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the last run."""
-        self._cache, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
+        self._graphs, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -271,7 +271,7 @@ class CurvatureMonitor(Callback):
         if not self._traceable:
             return None
         try:
-            return self._cache.graph(network_of(pl_module)).surrogate()
+            return self._graphs.graph(network_of(pl_module)).surrogate()
         except ValueError as error:
             self._traceable = False
             warnings.warn(f"CurvatureMonitor logs no totals and no curvature shares: {error}", UserWarning)

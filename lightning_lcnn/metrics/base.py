@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_lcnn import _compat
 from lightning_lcnn._checks import check_int
+from lightning_lcnn._compat import (
+    bookkeeping_of,
+    default_states,
+    forget_result,
+    is_within_set_dtype,
+    keep_out_of_state_dict,
+    set_state_dtype,
+)
 
 
 class MeasuringMetric(Metric):
@@ -35,7 +42,7 @@ class MeasuringMetric(Metric):
         if max_examples is not None:
             check_int("max_examples", max_examples)
         self.max_examples = max_examples
-        _compat.set_state_dtype(self, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        set_state_dtype(self, torch.float64 if self.dtype == torch.float64 else torch.float32)
         self._examples_before = 0
         self._add_counter("num_examples")
         self._add_identity()
@@ -64,7 +71,7 @@ class MeasuringMetric(Metric):
         """Measure a batch, return its value, and add it to the epoch's."""
         # tensors are replaced, never changed in place, but `reset` empties lists
         states = {name: state if isinstance(state, Tensor) else [*state] for name, state in self.metric_state.items()}
-        before = states | _compat.bookkeeping_of(self)
+        before = states | bookkeeping_of(self)
         self._examples_before = int(self.num_examples)  # forward resets the state before it updates
         try:
             return super().forward(*args, **kwargs)
@@ -78,7 +85,7 @@ class MeasuringMetric(Metric):
     def persistent(self, mode: bool = False) -> None:
         """Choose whether the states enter the ``state_dict``; the identity never does, which is not to be loaded."""
         super().persistent(mode)
-        _compat.keep_out_of_state_dict(self, "identity")
+        keep_out_of_state_dict(self, "identity")
 
     def _add_identity(self) -> None:
         """Add a state that no other metric has, so that a ``MetricCollection`` never lets two of them share states.
@@ -103,11 +110,11 @@ class MeasuringMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> MeasuringMetric:
         """Move the states with the module, without the cast to bfloat16 or half that would ruin sums and counts."""
-        dtype, defaults = self.dtype, _compat.default_states(self)
+        dtype, defaults = self.dtype, default_states(self)
         super()._apply(fn, exclude_state=tuple(defaults))
-        wants_double = _compat.is_within_set_dtype(self) and self.dtype == torch.float64
-        _compat.set_state_dtype(self, torch.float64 if wants_double else dtype)
-        _compat.forget_result(self)
+        wants_double = is_within_set_dtype(self) and self.dtype == torch.float64
+        set_state_dtype(self, torch.float64 if wants_double else dtype)
+        forget_result(self)
 
         def move(state: Any) -> Any:
             if not isinstance(state, Tensor):

@@ -218,7 +218,7 @@ class CurvaturePenalty(Penalty):
         check_choice("mode", mode, MODES)
         self.mode = mode
         self.submodule = submodule
-        self._cache = GraphCache()
+        self._graphs = GraphCache()
 
     def terms(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
         """Unweighted value under ``"curvature"``; the graph modes add ``log_slope`` and ``log_curvature``."""
@@ -236,7 +236,7 @@ class CurvaturePenalty(Penalty):
 
     def _graph_terms(self, model: nn.Module) -> dict[str, Tensor]:
         try:
-            surrogate = self._cache.graph(model).surrogate()
+            surrogate = self._graphs.graph(model).surrogate()
         except ValueError as error:
             raise ValueError(
                 f"CurvaturePenalty(mode={self.mode!r}) needs the graph of {type(model).__name__}: {error} Other ways "
