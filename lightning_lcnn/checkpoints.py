@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lcnn._compat import class_path_of
 from lightning_lcnn._files import read_checkpoint, weights_of
 from lightning_lcnn.classifier import MARK, LitClassifier
 from lightning_lcnn.models.by_name import LIBRARIES, build_network, is_low_curvature, known_names
@@ -178,7 +179,7 @@ def _class_of(content: Any) -> str | None:
         return str(content[MARK]["class"])
     if "pytorch-lightning_version" not in content:
         return None
-    return str(content.get("hyper_parameters", {}).get("_class_path", ""))
+    return class_path_of(content.get("hyper_parameters", {}))
 
 
 def _loaded(network: nn.Module, name: str, file: Path | None, normalize: Any) -> LoadedClassifier:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lcnn.callbacks.base import as_penalties, is_lightning_default, penalised_step, sum_penalties, trains
+from lightning_lcnn.callbacks.base import (
+    as_penalties,
+    is_lightning_default,
+    is_training,
+    penalised_step,
+    sum_penalties,
+    trainer_of,
+)
 from lightning_lcnn.callbacks.batch import batch_input_and_target
 from lightning_lcnn.callbacks.power_iteration import PowerIteration
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
@@ -98,7 +105,8 @@ class LCNNMixin:
         Returns:
             0-d tensor.
         """
-        return sum_penalties(self, self._penalties_of_this_run(), lambda: self.penalty_inputs(batch))
+        inputs = functools.partial(self.penalty_inputs, batch)
+        return sum_penalties(self, self._penalties_of_this_run(), inputs, logs=self._lcnn_in_step)
 
     @torch.compiler.disable
     def _penalties_of_this_run(self) -> list[Penalty]:
@@ -130,7 +138,7 @@ def _wrap_training_step(cls: Any) -> None:
 def _inherited_step(cls: type) -> Callable[..., Any] | None:
     """A step that calls the one inherited from a base without the mixin; None where there is no such base."""
     inherited = getattr(cls, "training_step", None)
-    if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "_lcnn_wrapper"):
+    if inherited is None or is_lightning_default(inherited) or hasattr(inherited, "is_lcnn_wrapper"):
         return None
 
     @functools.wraps(inherited, updated=())
@@ -149,9 +157,8 @@ def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step, updated=())
     def training_step(self: LCNNMixin, *args: Any, **kwargs: Any) -> Any:
-        if self._lcnn_in_step or not trains(self):
+        if self._lcnn_in_step or not is_training(self):
             return step(self, *args, **kwargs)
-        batch = args[0] if args else next(iter(kwargs.values()), None)
 
         def own_step() -> Any:
             self._lcnn_in_step = True
@@ -160,11 +167,14 @@ def _penalised(step: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 self._lcnn_in_step = False
 
+        if not getattr(self, "automatic_optimization", True):
+            return own_step()  # which asks for the penalties itself, and they are logged as parts of this step
+        batch = args[0] if args else next(iter(kwargs.values()), None)
         return penalised_step(self, self._penalties_of_this_run(), own_step, lambda: self.penalty_inputs(batch))
 
     wrapper: Any = training_step
     wrapper.__wrapped__ = inspect.unwrap(step)
-    wrapper._lcnn_wrapper = True
+    wrapper.is_lcnn_wrapper = True
     return wrapper
 
 
@@ -190,8 +200,7 @@ def _with_power_iteration(module: LCNNMixin, callbacks: Any) -> list[Any]:
     module._lcnn_in_step = False  # there from the first step on, or a compiled step would be compiled twice
     callbacks = [] if callbacks is None else callbacks
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-    trainer = getattr(module, "_trainer", None)
-    present = [*callbacks, *getattr(trainer, "callbacks", [])]
+    present = [*callbacks, *getattr(trainer_of(module), "callbacks", [])]
     if any(isinstance(callback, PowerIteration) for callback in present):
         return callbacks
     return [*callbacks, PowerIteration()]

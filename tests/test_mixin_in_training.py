@@ -57,6 +57,27 @@ def test_parts_are_logged_on_logging_steps() -> None:
     assert not [key for key in runner.callback_metrics if key.startswith("lcnn")]
 
 
+@pytest.mark.parametrize("where", ["training_step", "on_train_batch_end"])
+def test_parts_are_logged_under_manual_optimisation_where_they_are_of_the_step(where: str) -> None:
+    class Manual(Low):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            if where == "training_step":
+                self.curvature_penalty()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if where == "on_train_batch_end":
+                self.curvature_penalty()
+
+    runner = trainer()
+    runner.fit(Manual(), loader(4))
+    assert ("lcnn/curvature" in runner.callback_metrics) == (where == "training_step")
+
+
 class Outputs(Penalty):
     """A penalty on the outputs at the batch."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,127 @@ def test_core_imports_nothing_but_its_dependencies() -> None:
                 for name in imported_names(node):
                     top = name.split(".")[0]
                     assert top in core or top in sys.stdlib_module_names, f"{path.name} imports {name} at the top"
+
+
+# Private names that a subclass has to read or call on itself, or that belong to torch's protocol for modules.
+ALLOWED = {
+    "_modules",  # what a module holds is only found there under its own name and without its children's; torch's own
+    "_parameters",  # code, and that of everybody who replaces layers, reads and writes these three
+    "_buffers",
+    "_apply",  # called on super() by those who override it, as torch means it; so are the next two
+    "_load_from_state_dict",
+    "_conv_forward",  # of nn.Conv*, for subclasses with another weight (torch's own parametrised and quantised ones)
+    "_plot",  # of torchmetrics, which tells those who write metrics to call it
+    "_parse_ckpt_path",  # of LightningCLI, overridden; tests/test_compat.py checks that they are still called
+    "_prepare_subcommand_kwargs",
+}
+
+
+@functools.cache
+def private_names_of_others() -> frozenset[str]:
+    """What the objects have that we are handed or inherit from, and the names that _compat knows besides."""
+    import torch
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch import fx, nn
+    from torchmetrics import MeanMetric
+
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", barebones=True)
+    modules = (
+        nn.Conv2d(1, 1, 1),
+        nn.BatchNorm2d(1),
+        MeanMetric(),
+        LightningModule(),
+        nn.parallel.DistributedDataParallel,
+    )
+    tensors = torch.nn.Parameter, torch.autograd.Function, torch.ones(1, requires_grad=True).exp().grad_fn, fx.Tracer()
+    runs = trainer, trainer.fit_loop.epoch_loop, LightningCLI, DDPStrategy(), LightningDataModule(), Callback()
+    names = {name for item in (*modules, *tensors, *runs) for name in dir(item)}
+    known = {node.attr for node in ast.walk(parsed(PACKAGE / "_compat.py")) if isinstance(node, ast.Attribute)}
+    known |= set(constants(parsed(PACKAGE / "_compat.py")))
+    return frozenset(name for name in names | known if is_private(name))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name.isidentifier() and name.strip("_") != ""
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def constants(tree: ast.AST) -> list[str]:
+    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+def private_names_defined_in(tree: ast.Module) -> set[str]:
+    """Functions, classes, attributes of classes, and what methods assign to ``self``."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def is_private_import(node: ast.AST) -> bool:
+    """Whether it imports a private name, or from a private module, of another package."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return False
+    names = ".".join([*imported_names(node), *(alias.name for alias in node.names)]).split(".")
+    return names[0] not in ("lightning_lcnn", "__future__") and any(map(is_private, names))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_of_other_packages_are_read_in_compat_alone(path: Path) -> None:
+    """Three ways lead to one: an import, ``x._name``, and the name as a string, for ``getattr`` or ``__dict__``.
+
+    On ``self`` a name is ours if some file of the package defines it, on anything else if this very file does, which
+    also keeps one file from another's private names; and no name is ours that other packages have too.
+    """
+    if path == PACKAGE / "_compat.py":
+        return
+    tree, others = parsed(path), private_names_of_others() - ALLOWED
+    of_package = set().union(*(private_names_defined_in(parsed(p)) for p in FILES))
+    of_file = private_names_defined_in(tree)
+    found = [ast.unparse(node) for node in ast.walk(tree) if is_private_import(node)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ALLOWED:
+            known = of_package if is_self(node.value) else of_file
+            if node.attr in others or node.attr not in known:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Constant) and node.value in others:
+            found.append(f"line {node.lineno}: {node.value!r}")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch.nn.modules.batchnorm import _NormBase",
+        "import torch._dynamo",
+        "x = torch._C._nn",
+        "x = self._trainer",
+        "x = trainer._logger_connector",
+        "x = getattr(module, '_orig_mod', module)",
+        "x = vars(module)['_forward_hooks']",
+        "x._version = 1",
+    ],
+)
+def test_the_check_finds_them(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "some.py"
+    file.write_text(f"class Some:\n    def f(self, x):\n        self._version = 1\n        {line}\n")
+    with pytest.raises(AssertionError, match=r"assert not \["):
+        test_private_names_of_other_packages_are_read_in_compat_alone(file)
 
 
 def imported_names(node: ast.Import | ast.ImportFrom) -> list[str]:

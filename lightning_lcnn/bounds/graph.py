@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._compat import uncompiled
 from lightning_lcnn.bounds.rules.modules import is_known
 from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes
 from lightning_lcnn.bounds.steps import Step, build_steps
-from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, unsharded
+from lightning_lcnn.kernels.modes import unsharded
 from lightning_lcnn.recording.tracing import record
 
 _ZERO = -1e30  # logarithm of zero that survives float32 arithmetic without NaN
@@ -184,15 +184,9 @@ class Recursion:
             segment_slopes: first result of :meth:`contributions`.
             contributions: second result of :meth:`contributions`.
         """
-        values = self._composed(segment_slopes, self._of_segments(contributions))
-        n = len(self.nodes)
-        return values[:n], values[n : 2 * n]
-
-    def _composed(self, segment_slopes: Tensor, segment_curvatures: Tensor) -> list[Tensor]:
-        """All values as 0-d tensors."""
         n = len(self.nodes)
         origin = [segment_slopes.new_zeros(())] * n + [segment_slopes.new_full((), _ZERO)] * n
-        values = [*origin, *segment_slopes.unbind(), *segment_curvatures.unbind()]
+        values = [*origin, *segment_slopes.unbind(), *self._of_segments(contributions).unbind()]
         for rule in self._rules:
             terms = []
             for parts, offset in rule.terms:
@@ -201,40 +195,12 @@ class Recursion:
                 terms.append(term + offset if offset else term)
             joined = terms[0] if len(terms) == 1 else torch.logsumexp(torch.stack(terms), dim=0)
             values[rule.result] = joined if rule.scale == 1.0 else rule.scale * joined
-        return values
+        return values[:n], values[n : 2 * n]
 
     def totals(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of slope and curvature at the last step, 0-d; arguments as for :meth:`run`.
-
-        On the CPU in Python's numbers, in a third of the time that 0-d tensors take.
-        """
-        if needs_composite() or not on_plain_cpu(segment_slopes, contributions):
-            slopes, curvatures = self.run(segment_slopes, contributions)
-            return slopes[-1], curvatures[-1]
-        return _Totals.apply(segment_slopes, self._of_segments(contributions), self).unbind()
-
-    def _in_numbers(self, of_segments: list[float]) -> tuple[list[float], list[list[float]]]:
-        """Both values at the last step, and the gradient of each by slopes and curvatures of all segments."""
-        n = len(self.nodes)
-        values = [0.0] * n + [_ZERO] * n + of_segments
-        derivatives: list[list[tuple[int, float]]] = []
-        for rule in self._rules:
-            terms = [sum(c * values[k] for k, c in parts) + offset for parts, offset in rule.terms]
-            top = max(terms)
-            shares = [float(t == top) if math.isinf(top) else math.exp(t - top) for t in terms]
-            total = sum(shares)
-            values[rule.result] = rule.scale * (top + math.log(total))
-            scaled = zip(rule.terms, shares, strict=True)
-            derivatives.append([(k, c * rule.scale * s / total) for (parts, _), s in scaled for k, c in parts])
-        gradients = []
-        for root in (n - 1, 2 * n - 1):
-            gradient = [0.0] * len(values)
-            gradient[root] = 1.0
-            for rule, derivative in zip(reversed(self._rules), reversed(derivatives), strict=True):
-                for k, d in derivative:
-                    gradient[k] += gradient[rule.result] * d
-            gradients.append(gradient[2 * n :])
-        return [values[n - 1], values[2 * n - 1]], gradients
+        """Logarithms of slope and curvature at the last step, 0-d; arguments as for :meth:`run`."""
+        slopes, curvatures = self.run(segment_slopes, contributions)
+        return slopes[-1], curvatures[-1]
 
     def _of_segments(self, contributions: Tensor) -> Tensor:
         """Logarithm of the curvature of every segment by itself."""
@@ -248,29 +214,6 @@ class Recursion:
             floats = [t.to(like) for t in (self._slopes, self._bends)]
             self._constants[key] = (*floats, *(t.to(like.device) for t in (self._bend_index, self._members)))
         return self._constants[key]
-
-
-class _Totals(torch.autograd.Function):
-    """Both values at the last step, shape (2,), by slopes and curvatures of the segments."""
-
-    @staticmethod
-    def forward(ctx: Any, slopes: Tensor, curvatures: Tensor, recursion: Recursion) -> Tensor:
-        values, gradients = recursion._in_numbers([*slopes.tolist(), *curvatures.tolist()])
-        ctx.save_for_backward(slopes, curvatures, slopes.new_tensor(gradients))
-        ctx.recursion = recursion
-        return slopes.new_tensor(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, curvatures, gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody differentiates this backward again
-            n = len(ctx.recursion.nodes)
-            values = ctx.recursion._composed(slopes, curvatures)
-            ends = torch.stack([values[n - 1], values[2 * n - 1]])
-            inputs = [t for t in (slopes, curvatures) if t.requires_grad]
-            found = iter(torch.autograd.grad(ends, inputs, grad, create_graph=True, materialize_grads=True))
-            return (*(next(found) if t.requires_grad else None for t in (slopes, curvatures)), None)
-        return (*(grad[:, None] * gradients).sum(0).split([len(slopes), len(curvatures)]), None)
 
 
 _JOINS = {Sum: "sum", Product: "product", Concat: "concat"}
@@ -402,7 +345,7 @@ def trace(model: nn.Module) -> CurvatureGraph:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    model = unsharded(getattr(model, "_orig_mod", model), gather=False)
+    model = unsharded(uncompiled(model), gather=False)
     return CurvatureGraph(build_steps(model, record(model, is_known)))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_lcnn._compat import uncompiled
 from lightning_lcnn.bounds.rules.modules import is_known
 from lightning_lcnn.bounds.rules.pieces import Diagonal, LayerBound, Scale, Shape, Sum, Weight
 from lightning_lcnn.bounds.steps import Step, build_steps
@@ -118,7 +119,7 @@ def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:
             "`example_input` must hold floating-point numbers of shape (N, ...) with N >= 1, got "
             f"{example_input.dtype} of shape {tuple(example_input.shape)}."
         )
-    return unsharded(getattr(model, "_orig_mod", model), gather=True)
+    return unsharded(uncompiled(model), gather=True)
 
 
 def _check_evaluation(model: nn.Module, steps: tuple[Step, ...]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_choice, check_int, check_positive
+from lightning_lcnn._compat import logs_now
 from lightning_lcnn.callbacks.base import Callback, check_strategy, phase
 from lightning_lcnn.callbacks.batch import batch_input_and_target, replace_batch_input
 from lightning_lcnn.functional.input_function import Adapter, check_inputs
@@ -208,7 +209,7 @@ class AdversarialTraining(Callback):
         with phase(trainer, "attack"), measuring(pl_module, x, seed=seed, autocast=True):
             pl_module.eval()
             attacked = self._attacked(self._network(pl_module), x[:count].detach(), target[:count], radius)
-        if self.schedule is not None and trainer._logger_connector.should_update_logs:
+        if self.schedule is not None and logs_now(trainer):
             pl_module.log("adversarial/radius", radius)
         # joining an empty rest would lose the memory format
         return replace_batch_input(batch, torch.cat([attacked, x[count:]]) if count < len(x) else attacked, x)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn._compat import logs_now
 from lightning_lcnn.penalties import Penalty
 from lightning_lcnn.penalties.curvature import defines_forward, network_of, trained_children
 from lightning_lcnn.recording.forward_capture import ForwardCapture
@@ -55,11 +56,24 @@ def phase(trainer: Any, name: str) -> Iterator[None]:
         yield
 
 
+def trainer_of(module: Any) -> Any:
+    """The trainer that runs a module, None in an own loop; Fabric's stand-in for one is none."""
+    try:
+        trainer = module.trainer
+    except (AttributeError, RuntimeError):  # no LightningModule, or not attached
+        return None
+    return trainer if hasattr(trainer, "training") else None
+
+
+def is_training(module: Any) -> bool:
+    """Whether this is training and not validation, with or without a trainer."""
+    trainer = trainer_of(module)
+    return (trainer is None or trainer.training) and torch.is_grad_enabled()
+
+
 def trains(module: Any) -> bool:
     """Whether a step of this LightningModule is one of automatic optimisation, not of validation."""
-    trainer = getattr(module, "_trainer", None)
-    in_training = trainer is None or trainer.training
-    return in_training and torch.is_grad_enabled() and getattr(module, "automatic_optimization", True)
+    return is_training(module) and getattr(module, "automatic_optimization", True)
 
 
 def add_to_output(output: Any, penalty: Callable[[], Tensor]) -> Any:
@@ -82,7 +96,7 @@ def penalised_step(module: Any, penalties: Sequence[Penalty], step: Callable[[],
     finally:
         if capture is not None:
             capture.stop()
-    return add_to_output(output, lambda: sum_penalties(module, penalties, inputs, capture))
+    return add_to_output(output, lambda: sum_penalties(module, penalties, inputs, capture, logs=True))
 
 
 @torch.compiler.disable
@@ -99,13 +113,13 @@ def _start_capture(module: Any, penalties: Sequence[Penalty]) -> ForwardCapture 
 
 @torch.compiler.disable
 def sum_penalties(
-    module: Any, penalties: Sequence[Penalty], inputs: Inputs, capture: ForwardCapture | None = None
+    module: Any, penalties: Sequence[Penalty], inputs: Inputs, capture: ForwardCapture | None = None, logs: bool = False
 ) -> Tensor:
-    """Sum of the weighted penalties; their parts go to the logger on its logging steps.
+    """Sum of the weighted penalties; ``logs`` sends their parts to the logger, on its logging steps.
 
     Not compiled: the graph of the bound is a few hundred 0-d operations, which would be traced again for every network.
     """
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     step = None if trainer is None else trainer.global_step
     total = torch.zeros(())
     parts: dict[str, Tensor] = {}
@@ -114,7 +128,7 @@ def sum_penalties(
             value, its_parts = _evaluate(penalty, module, inputs, step, capture)
             total = value + total.to(value.device)
             parts.update({_numbered(key, parts): part for key, part in its_parts.items()})
-    if trainer is not None and module._current_fx_name == "training_step" and _logs_now(trainer):
+    if logs and trainer is not None and logs_now(trainer):
         _log(trainer, module, {f"lcnn/{key}": part for key, part in parts.items()})
     return total
 
@@ -154,10 +168,6 @@ def _numbered(key: str, taken: Mapping[str, Any]) -> str:
         number += 1
         name = f"{key}_{number}"
     return name
-
-
-def _logs_now(trainer: Any) -> bool:
-    return trainer._logger_connector.should_update_logs
 
 
 def as_penalties(penalties: Any) -> list[Penalty]:

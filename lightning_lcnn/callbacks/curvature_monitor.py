@@ -13,6 +13,7 @@ from typing_extensions import override
 
 import lightning_lcnn.bounds as bounds
 from lightning_lcnn._checks import check_int
+from lightning_lcnn._compat import logger_step, logs_now
 from lightning_lcnn.bounds import Surrogate
 from lightning_lcnn.callbacks.base import TOTALS, Callback, phase
 from lightning_lcnn.callbacks.batch import batch_input
@@ -178,7 +179,7 @@ class CurvatureMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.certified = certified
-        self._cache = GraphCache()
+        self._graphs = GraphCache()
         self._traceable = True
         self._last_step = -1
         self._example: Tensor | None = None
@@ -191,7 +192,7 @@ class CurvatureMonitor(Callback):
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the last run."""
-        self._cache, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
+        self._graphs, self._traceable, self._last_step, self._example = GraphCache(), True, -1, None
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -204,8 +205,8 @@ class CurvatureMonitor(Callback):
         """Log if this is one of the steps."""
         if self.every_n_epochs is not None or not trainer.loggers:
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        due = trainer._logger_connector.should_update_logs
+        step = logger_step(trainer)
+        due = logs_now(trainer)
         if self.every_n_steps is not None:
             due = (step + 1) % self.every_n_steps == 0
         if due:
@@ -216,7 +217,7 @@ class CurvatureMonitor(Callback):
         """Log if this is one of the epochs, and show the totals to other callbacks."""
         every = self.every_n_epochs if self.every_n_epochs is not None else int(self.every_n_steps is None)
         if every and (trainer.current_epoch + 1) % every == 0:
-            self._log(trainer, pl_module, max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1))
+            self._log(trainer, pl_module, max(0, logger_step(trainer) - 1))
         self._show(pl_module)
 
     @override
@@ -270,7 +271,7 @@ class CurvatureMonitor(Callback):
         if not self._traceable:
             return None
         try:
-            return self._cache.graph(network_of(pl_module)).surrogate()
+            return self._graphs.graph(network_of(pl_module)).surrogate()
         except ValueError as error:
             self._traceable = False
             warnings.warn(f"CurvatureMonitor logs no totals and no curvature shares: {error}", UserWarning)

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn._compat import averaged_network, ignore_in_ddp, ignored_by_ddp, layer_sync, logs_now, set_layer_sync
 from lightning_lcnn.callbacks.base import Callback, check_strategy, phase
+from lightning_lcnn.layers.batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 from lightning_lcnn.layers.spectral import SpectralLayer
 from lightning_lcnn.layers.upkeep import (
     low_curvature_parameters,
@@ -121,9 +123,9 @@ def _copy_to_host(value: Tensor) -> tuple[Tensor, Any]:
 
 
 def averaged_networks(trainer: Any) -> list[nn.Module]:
-    """Averages that the trainer's callbacks keep; Lightning's averaging callbacks all name them ``_average_model``."""
-    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
-    return [module for module in found if isinstance(module, nn.Module) and any(True for _ in spectral_layers(module))]
+    """Averages with spectral layers that the trainer's callbacks keep."""
+    found = map(averaged_network, trainer.callbacks)
+    return [module for module in found if module is not None and any(True for _ in spectral_layers(module))]
 
 
 def converge_averages(trainer: Any, tolerance: float, max_iterations: int) -> None:
@@ -143,6 +145,39 @@ def check_averages(trainer: Any, module: nn.Module) -> None:
                 "buffer, which weight averaging cannot follow: give the layer its `input_size`, or run the network "
                 "once before the fit."
             )
+
+
+class _SyncKeepingGamma:
+    """In place of Lightning's plugin for ``sync_batchnorm=True``, which calls torch's converter, and that drops γ.
+
+    The strategy applies it once the network is complete (``configure_model``) and before DDP wraps it.
+    """
+
+    def __init__(self, plugin: Any) -> None:
+        self.plugin = plugin
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronise all batch norms, ours with γ."""
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Undo it, as Lightning does at the end of a fit."""
+        revert_sync_batchnorm(model)
+        return self.plugin.revert(model)
+
+
+def keep_gamma_in_sync(strategy: Any) -> None:
+    """Have the strategy synchronise our batch norms if it shall synchronise any; a user's own plugin is left alone."""
+    plugin = layer_sync(strategy)
+    if type(plugin).__name__ == "TorchSyncBatchNorm":  # of either package
+        set_layer_sync(strategy, _SyncKeepingGamma(plugin))
+
+
+def leave_sync_to_lightning(strategy: Any) -> None:
+    """Give the strategy its own plugin back."""
+    plugin = layer_sync(strategy)
+    if isinstance(plugin, _SyncKeepingGamma):
+        set_layer_sync(strategy, plugin.plugin)
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
@@ -185,6 +220,8 @@ class PowerIteration(Callback):
     processes agree without communication; DDP is told not to broadcast the vectors.
     The largest residual :math:`\|W^\top u - σ v\| / σ` is logged as ``lcnn/spectral_residual`` on logging steps.
     Without spectral layers the callback only checks strategy and optimizers.
+    With ``Trainer(sync_batchnorm=True)`` it sees to it that our batch norms are synchronised and keep γ
+    (:func:`~lightning_lcnn.layers.convert_sync_batchnorm`).
 
     Where a callback averages the weights (WeightAveraging, EMAWeightAveraging), the norms of the averaged network are
     iterated to convergence before it is validated or saved and when it takes the network's place at the end.
@@ -240,11 +277,17 @@ class PowerIteration(Callback):
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse sharding strategies; keep DDP from broadcasting as many bytes as the weights have in every step."""
+        """Refuse sharding strategies; spare DDP a broadcast of as many bytes as the weights have; keep γ in sync."""
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
+        keep_gamma_in_sync(trainer.strategy)
         _exclude_from_broadcast(pl_module)
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Undo :meth:`setup`."""
+        leave_sync_to_lightning(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -274,7 +317,7 @@ class PowerIteration(Callback):
         if self._schedule.is_due(trainer.global_step):
             with phase(trainer, "power_iteration"):
                 self._schedule.refreshed(trainer.global_step, self._refresh(pl_module))
-        if self.residual is not None and trainer._logger_connector.should_update_logs:
+        if self.residual is not None and logs_now(trainer):
             pl_module.log("lcnn/spectral_residual", self.residual)
 
     @override
@@ -314,10 +357,10 @@ class PowerIteration(Callback):
 
 
 def _exclude_from_broadcast(module: torch.nn.Module) -> None:
-    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    ignored = ignored_by_ddp(module)
     layers = {id(layer) for layer in spectral_layers(module)}
     for prefix, layer in module.named_modules():
         if id(layer) in layers:
             ignored |= {f"{prefix}.{name}" for name in ("spectral_gradient", "right_vector")}
     if ignored:
-        module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+        ignore_in_ddp(module, ignored)

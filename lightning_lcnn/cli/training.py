@@ -213,11 +213,11 @@ class TrainingCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what a run folder needs and the user did not choose otherwise."""
-        config = self._get(self.config_init, "trainer", default={})
+        config = self._of_command(self.config_init, "trainer", {})
         fits = self.subcommand == "fit"
         if not fits:
             self.save_config_callback = None
-        output = Path(self._get(self.config, "output"))
+        output = Path(self._of_command(self.config, "output"))
         if fits and not config["fast_dev_run"]:
             self._check_output(output)
         config["default_root_dir"] = config["default_root_dir"] or str(output)
@@ -226,6 +226,10 @@ class TrainingCLI(LightningCLI):
         if fits:
             config["callbacks"] = [*_as_list(config["callbacks"]), *self._callbacks(config, output)]
         return super().instantiate_trainer(**kwargs)
+
+    def _of_command(self, config: Any, key: str, default: Any = None) -> Any:
+        """An option of the command that runs."""
+        return config.get(str(self.subcommand), config).get(key, default)
 
     def _callbacks(self, config: Any, output: Path) -> list[Any]:
         present = _as_list(config["callbacks"])
@@ -241,7 +245,7 @@ class TrainingCLI(LightningCLI):
 
     def _check_output(self, output: Path) -> None:
         """Raise before the training starts if the folder cannot take, or has, a run."""
-        resumed = self._get(self.config, "ckpt_path")
+        resumed = self._of_command(self.config, "ckpt_path")
         last = output / "checkpoints" / "last.ckpt"
         if resumed == "last" and not last.is_file():
             raise FileNotFoundError(f"there is no run to continue in {output}: {last} does not exist.")
@@ -267,13 +271,13 @@ class TrainingCLI(LightningCLI):
         """Write ``run.json`` and say what to do next."""
         if getattr(self.trainer, "fast_dev_run", False) or not self.trainer.is_global_zero:
             return
-        output = Path(self._get(self.config, "output"))
+        output = Path(self._of_command(self.config, "output"))
         record = {
-            "method": self._get(self.config, "name") or output.resolve().name,
-            "seed": self._get(self.config, "seed_everything"),
+            "method": self._of_command(self.config, "name") or output.resolve().name,
+            "seed": self._of_command(self.config, "seed_everything"),
             "epochs": self.trainer.current_epoch,
             "seconds": round(time.perf_counter() - self._start, 1),
-            "resumed": self._get(self.config, "ckpt_path") is not None,
+            "resumed": self._of_command(self.config, "ckpt_path") is not None,
         }
         write_json(output / "run.json", record)
         cls = type(self.model)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_lcnn._compat import has_hooks_between
 from lightning_lcnn.conversion import rules
 from lightning_lcnn.conversion.options import OUTPUT_LAYER, SKIPPED, Options
 from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
@@ -85,7 +86,7 @@ class Decisions:
         parameters = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
         self._uses = Counter(map(id, parameters))
         dtypes = (p.dtype for p in parameters if p.is_floating_point())
-        self._dtype = next(dtypes, torch.float32)
+        self._float_type = next(dtypes, torch.float32)
 
     def apply(self) -> nn.Module:
         """Replace what can be replaced; return the model, or what replaces it."""
@@ -167,7 +168,7 @@ class Decisions:
             return None
         if self._why_untouched(norm, target):
             return None
-        if module._forward_hooks or target._forward_pre_hooks or target.running_var.dtype.itemsize < 4:
+        if has_hooks_between(module, target) or target.running_var.dtype.itemsize < 4:
             return None
         if not rules.takes_scale(target, sigma):
             return None
@@ -193,7 +194,7 @@ class Decisions:
             reason = rules.bend_reason(module)
             self._keep(name, module, reason or "smooth already", smooth=not reason)
         else:
-            new = new.to(self.record.usage[name].device, self._dtype)
+            new = new.to(self.record.usage[name].device, self._float_type)
             note = "β 1, the same function" if type(new) is ScaledActivation else f"β {self.options.beta:g}"
             self._replace(name, module, new, note, attributes=False)
 

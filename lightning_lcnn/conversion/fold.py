@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_lcnn._checks import check_choice
+from lightning_lcnn._compat import has_hooks_between
 from lightning_lcnn.conversion.options import check_input, check_model
 from lightning_lcnn.conversion.rules import NORMS, SPECTRAL
 from lightning_lcnn.conversion.tree import replace_modules, take_over
@@ -120,7 +121,7 @@ def _fuse(model: Any, example_input: Tensor | None) -> Any:
         over_channels = (
             len(record.usage[behind].inputs[0]) == module.weight.dim()
         )  # not so behind a Linear on (N, L, C)
-        if not over_channels or name in record.read_outside or module._forward_hooks or norm._forward_pre_hooks:
+        if not over_channels or name in record.read_outside or has_hooks_between(module, norm):
             continue
         fuse: Any = fuse_linear_bn_eval if type(module) is nn.Linear else fuse_conv_bn_eval
         replacements[id(module)] = take_over(module, fuse(module, norm))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice, check_positive
+from lightning_lcnn._compat import is_compiled
 from lightning_lcnn.kernels.modes import is_sharded
 
 POOLINGS = ("keep", "smooth", "average")
@@ -72,7 +73,7 @@ def check_model(model: nn.Module) -> None:
             "`fully_shard`, or load its full state dict into an ordinary network."
         )
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+        if isinstance(module, torch.jit.ScriptModule) or is_compiled(module):
             raise ValueError(f"`model` is compiled or scripted at {name!r}; convert it first and compile the result.")
         if type(module).__module__.startswith("torch.nn.parallel"):
             raise ValueError(

@@ -29,6 +29,7 @@ from lightning_lcnn.layers import (
     SpectralConv2d,
     SpectralConv3d,
     SpectralLinear,
+    convert_sync_batchnorm,
 )
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
@@ -151,7 +152,7 @@ def batch_norm(old: Any, dimensions: int, gamma: float | None) -> tuple[Any, str
     if old.weight is not None:
         new.log_gamma.requires_grad_(old.weight.requires_grad)
     if type(old) is nn.SyncBatchNorm:
-        new = nn.SyncBatchNorm.convert_sync_batchnorm(new, old.process_group)
+        convert_sync_batchnorm(new, old.process_group)
     clips = slope > start * (1 + 1e-6)
     return new, f"γ {start:.4g} clips slope {slope:.4g}" if clips else f"γ {start:.4g}, slope {slope:.4g}"
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_lcnn._compat import is_hook_attribute
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -37,8 +39,7 @@ def take_over(old: nn.Module, new: ModuleT, attributes: bool = True) -> ModuleT:
     """Give a new module the training flag, the hooks and the user's attributes of the one it replaces."""
     new.training = old.training
     for key, value in vars(old).items():
-        is_hook = key.endswith(("_hooks", "_hook", "_with_kwargs", "_always_called"))
-        if (is_hook and value) or (attributes and key not in vars(new)):
+        if (is_hook_attribute(key) and value) or (attributes and key not in vars(new)):
             vars(new)[key] = value
     return new
 

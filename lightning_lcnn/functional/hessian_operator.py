@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_lcnn._checks import check_choice, check_positive
+from lightning_lcnn._compat import function_of
 from lightning_lcnn.functional.bends import bends_in_graph
 from lightning_lcnn.functional.input_function import InputFunction
 from lightning_lcnn.functional.lanczos import safe_norm
@@ -207,5 +208,5 @@ def is_once_differentiable(node: Any) -> bool:
     """Torch raises for these only where the incoming gradient depends on x, and gives zeros otherwise."""
     if node.name().startswith("CompiledFunction"):  # torch.compile
         return True
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    backward = getattr(function_of(node), "backward", None)
     return getattr(getattr(backward, "__code__", None), "co_filename", "") == torch.autograd.function.__file__

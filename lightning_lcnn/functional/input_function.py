@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_lcnn._checks import check_int
+from lightning_lcnn._compat import is_batch_norm, is_compiled, uncompiled
 from lightning_lcnn.functional.outputs import (
     OUTPUTS,
     Output,
@@ -29,6 +27,7 @@ Adapter = Callable[[Any], Tensor]
 InputFunction = Callable[[Tensor], Tensor]  # (b, …) to (b,), example by example
 Result = TypeVar("Result")
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Above this margin the loss and its derivatives, about exp(-margin), leave the normal numbers of float32.
 _UNDERFLOW_MARGIN = 87.0
 
@@ -151,8 +150,8 @@ def unwrap(model: Any) -> Any:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
+        elif is_compiled(model):
+            model = uncompiled(model)
         else:
             return model
 
@@ -165,7 +164,7 @@ def check_model(model: Any) -> None:
         return
     for name, module in model.named_modules():
         path = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm):
+        if is_batch_norm(module):
             if module.training or module.running_mean is None:
                 raise ValueError(
                     f"{path} normalises with batch statistics, which couples the examples: call model.eval() first, "
@@ -184,7 +183,7 @@ def _draws_noise(module: nn.Module) -> bool:
     # by name: torchvision and timm are no dependencies
     if type(module).__name__ in ("StochasticDepth", "DropPath"):
         return True
-    return isinstance(module, _DropoutNd) and module.p > 0
+    return isinstance(module, _DROPOUTS) and module.p > 0
 
 
 def concatenate(parts: list[Any]) -> Any:

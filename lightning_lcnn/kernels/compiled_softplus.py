@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lcnn._compat import has_inductor_option, is_dispatch_recorded, prefer_dynamic_size
 from lightning_lcnn.kernels import softplus_formulas as formulas
 from lightning_lcnn.kernels.modes import is_dense
 
@@ -60,7 +61,7 @@ def compiled_softplus_in_use() -> bool:
 def fits(*tensors: Tensor) -> bool:
     """Whether kernels that are in use take these CPU tensors: float32, of one dense layout, more than one value."""
     # whoever records operations (a FLOP counter, conversion, torch.jit.trace) can see into torch's own alone
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if is_dispatch_recorded() or torch.jit.is_tracing():
         return False
     first = tensors[0]
     if first.dtype != torch.float32 or first.numel() < 2 or not is_dense(first):
@@ -119,10 +120,8 @@ def _compile_kernels() -> None:
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    from torch._inductor import config  # takes seconds to import
-
     options: dict[str, Any] = {}
-    if hasattr(config.cpp, "enable_floating_point_contract_flag"):  # a·b + c in one instruction
+    if has_inductor_option("cpp", "enable_floating_point_contract_flag"):  # a·b + c in one instruction
         options["cpp.enable_floating_point_contract_flag"] = "fast"
     arguments: dict[str, Any] = {"options": options, "fullgraph": True}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -132,5 +131,5 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _line(a: Tensor) -> Tensor:
     line = a.detach().as_strided((a.numel(),), (1,))
-    torch._dynamo.maybe_mark_dynamic(line, 0)  # one kernel for all sizes
+    prefer_dynamic_size(line, 0)
     return line

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lcnn._compat import in_torch_func
+
 _DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
@@ -34,7 +36,7 @@ class FrozenGraph(TorchFunctionMode):
     ) -> Any:
         """Take over what is known, pass the rest on."""
         result = None
-        if torch._C._are_functorch_transforms_active():  # the functions below have no rules for vmap and jvp
+        if in_torch_func():  # the functions below have no rules for vmap and jvp
             pass
         elif func in _DIMENSIONS:
             result = _convolution(_DIMENSIONS[func], *args, **(kwargs or {}))

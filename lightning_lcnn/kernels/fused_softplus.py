@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lcnn._compat import softplus_over
 from lightning_lcnn.kernels import compiled_softplus as compiled
 from lightning_lcnn.kernels import softplus_formulas as formulas
 from lightning_lcnn.kernels.modes import (
@@ -192,7 +193,7 @@ def _write_value(x: Tensor, beta: float) -> None:
         torch.add(shift, x, alpha=1.0 / beta, out=x)
         return
     x.clamp_(min=-_UNDERFLOW / beta)
-    torch._C._nn.softplus(x, beta, out=x).add_(shift)  # type: ignore[call-arg]
+    softplus_over(x, beta).add_(shift)
 
 
 class _TracedFromOutput(torch.autograd.Function):

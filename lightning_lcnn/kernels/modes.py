@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributed.nn.functional import all_reduce
+
+from lightning_lcnn._compat import hook_tables, in_function_transform, is_executed, is_of_fully_shard
 
 
 def needs_composite() -> bool:
     """True where a custom autograd function would break the graph or is not supported."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or in_function_transform()
 
 
 def is_compiling_for_training() -> bool:
@@ -60,7 +59,7 @@ def wanted_gradients(ctx: Any) -> tuple[bool, ...]:
 
 def _is_executed(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)
+        return is_executed(node)
     except RuntimeError:  # a leaf by which autograd.grad differentiates, about which torch does not answer
         return True
 
@@ -74,9 +73,6 @@ recomputation = threading.local()
 def is_recomputing() -> bool:
     """Whether this thread is within ``recompute_activations``, so that layers tell how their outputs are computed."""
     return getattr(recomputation, "known", None) is not None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def whole(tensor: Any) -> Tensor:
@@ -126,10 +122,9 @@ def unsharded(model: nn.Module, gather: bool) -> nn.Module:
 def _twin(module: nn.Module) -> nn.Module:
     """A module of the plain class that shares parameters and buffers, still without children."""
     twin: Any = object.__new__(_plain_class(module))
-    state = {name: value for name, value in module.__dict__.items() if not name.startswith("__composable_api")}
+    state = {name: value for name, value in module.__dict__.items() if not is_of_fully_shard(name)}
     twin.__dict__.update(state, _modules={})
-    for kind in _HOOKS:
-        hooks = state[kind]
+    for kind, hooks in hook_tables(module, forward_only=True).items():
         kept = {key: hook for key, hook in hooks.items() if not str(hook.__module__).startswith("torch.distributed.")}
         twin.__dict__[kind] = type(hooks)(kept)
     return twin

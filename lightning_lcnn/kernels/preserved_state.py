@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+from lightning_lcnn._compat import hook_tables
 
 
 @contextmanager
@@ -57,7 +49,7 @@ def preserved_model_state(model: Any) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
-    hooks = [{name: dict(getattr(module, name, {})) for name in _HOOKS} for module in modules]
+    hooks = [{name: dict(table) for name, table in hook_tables(module).items()} for module in modules]
     gradients = [(parameter.grad, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -68,24 +60,24 @@ def preserved_model_state(model: Any) -> Iterator[None]:
     finally:
         for module, mode, kept in zip(modules, modes, hooks, strict=True):
             module.training = mode
-            for name, entries in kept.items():
-                _refill(getattr(module, name, None), entries)
+            for name, table in hook_tables(module).items():
+                _refill(table, kept[name])
         for parameter, (gradient, requires_grad) in zip(parameters, gradients, strict=True):
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
-def _refill(current: dict[int, Any] | None, entries: dict[int, Any]) -> None:
+def _refill(current: dict[int, Any], entries: dict[int, Any]) -> None:
     """Restore in place: the handles that users hold point at this very dictionary."""
-    if current is not None and list(current.items()) != list(entries.items()):
+    if list(current.items()) != list(entries.items()):
         current.clear()
         current.update(entries)
 
 
 def copy_without_hooks(module: nn.Module) -> Any:
     """A deep copy that leaves the hooks behind, which may hold what cannot be copied, such as a profiler's records."""
-    hooks = [getattr(submodule, name) for submodule in module.modules() for name in _HOOKS if hasattr(submodule, name)]
+    hooks = [table for submodule in module.modules() for table in hook_tables(submodule).values()]
     return copy.deepcopy(module, {id(entries): type(entries)() for entries in hooks})
 
 

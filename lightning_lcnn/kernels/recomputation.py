@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_lcnn._compat import version_of
 from lightning_lcnn.kernels.modes import needs_composite, recomputation
 
 Function = Callable[[Tensor], Tensor]
@@ -78,13 +79,13 @@ class _Kept:
     """A tensor that nothing computes again. Hooks switch off autograd's own check that it is still the same."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor.detach(), tensor._version
+        self._tensor, self._known_version = tensor.detach(), version_of(tensor)
 
     def use(self) -> None:
         """Nothing to count."""
 
     def get(self) -> Tensor:
-        if self._tensor._version != self._version:
+        if version_of(self._tensor) != self._known_version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self._tensor.shape)} that backward needs was written over after forward, "
                 "within `recompute_activations`; do that out of place."
@@ -132,7 +133,7 @@ def remember(result: Tensor, source: Tensor, function: Function) -> None:
     """
     known = _known()
     if known is not None and not needs_composite() and not result.is_inference():
-        known[result] = _Recipe(function, _recipe_of(source) or _Kept(source)), result._version
+        known[result] = _Recipe(function, _recipe_of(source) or _Kept(source)), version_of(result)
 
 
 def write_over(x: Tensor, function: Function) -> None:
@@ -159,8 +160,8 @@ def _recipe_of(tensor: Tensor) -> _Recipe | None:
         return None
     recipe, version = known[tensor]
     if version is None:
-        known[tensor] = recipe, tensor._version
-    elif version != tensor._version:
+        known[tensor] = recipe, version_of(tensor)
+    elif version != version_of(tensor):
         return None
     return recipe
 

@@ -1,7 +1,12 @@
 """Layers of known slope and curvature."""
 
 from lightning_lcnn.layers.activation import CenteredSoftplus, LearnableBeta
-from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
+from lightning_lcnn.layers.batch_norm import (
+    LipschitzBatchNorm1d,
+    LipschitzBatchNorm2d,
+    LipschitzBatchNorm3d,
+    convert_sync_batchnorm,
+)
 from lightning_lcnn.layers.piecewise import PiecewiseSoftplus
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 from lightning_lcnn.layers.smooth import ScaledActivation, SmoothELU, SmoothHardswish, SmoothPReLU
@@ -34,6 +39,7 @@ __all__ = [
     "SpectralConv3d",
     "SpectralLayer",
     "SpectralLinear",
+    "convert_sync_batchnorm",
     "lcnn_parameter_groups",
     "log_betas",
     "log_gammas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any, cast
@@ -10,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lcnn._checks import check_positive
+from lightning_lcnn._compat import BatchNorm
 from lightning_lcnn.kernels.clipped_batch_norm import (
     batch_norm_slope,
     channel_variance,
@@ -25,10 +26,15 @@ from lightning_lcnn.kernels.modes import scalar, synchronized_moments, whole
 from lightning_lcnn.kernels.recomputation import remember
 
 
-class _LipschitzBatchNorm(_NormBase):
+class _LipschitzBatchNorm(BatchNorm):
+    # An instance of torch's own base, so that what looks batch norms up finds this layer too: torch's `update_bn`,
+    # Lightning's BaseFinetuning, users who freeze statistics. So does torch's converter to SyncBatchNorm, which builds
+    # its own layer in place of every instance and would drop γ without a word; that is why `named_children` stops it,
+    # and why `convert_sync_batchnorm` below and PowerIteration, for Lightning's flag, take its place.
     _dimensions: tuple[int, ...]
     log_gamma: nn.Parameter | None
-    _sync: nn.Module
+    synchronized: bool = False  # whether batches of all processes in `process_group` are normalised together
+    process_group: dist.ProcessGroup | None = None  # None: all processes
     weight: Tensor | None  # type: ignore[assignment]
     bias: Tensor | None  # type: ignore[assignment]
 
@@ -51,22 +57,25 @@ class _LipschitzBatchNorm(_NormBase):
             check_positive("gamma", gamma)
             self._start = math.log(gamma)
             self.log_gamma = nn.Parameter(torch.full((1,), self._start, device=device, dtype=dtype))
-        self.add_module("sync", nn.BatchNorm1d(num_features, affine=False, track_running_stats=False))
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """A stateless batch norm, which is no module of this one, for ``convert_sync_batchnorm`` to find.
+        """None, as every layer; stops a converter to synchronised batch norm, which is about to drop γ.
 
-        torch replaces every subclass of its batch norm by its own class, which would drop γ without a word. So this
-        layer is none; the converter finds the stateless one, hands its replacement to :meth:`add_module`, and the
-        layer then knows that it shall synchronise, and over which processes.
+        The converters of torch, timm and apex replace a batch norm by their own and then ask the old one, and only
+        here, for its children. Nothing else that they do can be seen from a layer, so it is the caller's name that
+        tells. What has replaced layers before stays replaced.
+
+        Raises:
+            TypeError: If a function whose name begins with ``convert_sync`` asks.
         """
-        yield "sync", self._sync
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Keep what ``convert_sync_batchnorm`` made of the stateless batch norm, outside the module tree."""
-        if name != "sync":
-            raise ValueError(f"{type(self).__name__} takes no submodules, got {name!r}.")
-        object.__setattr__(self, "_sync", module)
+        frame = inspect.currentframe()
+        if frame is not None and frame.f_back is not None and frame.f_back.f_code.co_name.startswith("convert_sync"):
+            raise TypeError(
+                f"{type(self).__name__} would be replaced by a batch norm without γ. Use "
+                "lightning_lcnn.layers.convert_sync_batchnorm(network), which keeps it; with Trainer(sync_batchnorm="
+                "True) pass PowerIteration() to the trainer, which LCNNMixin does."
+            )
+        return super().named_children()
 
     def reset_parameters(self) -> None:
         """Reset as torch does, and γ to its start value."""
@@ -104,7 +113,7 @@ class _LipschitzBatchNorm(_NormBase):
             raise ValueError(f"`x` must be {expected} for {type(self).__name__}, got shape {tuple(x.shape)}.")
         momentum = self._count_batch()
         use_batch = self.training or self.running_mean is None
-        if self.training and isinstance(self._sync, nn.SyncBatchNorm) and dist.is_initialized():
+        if self.training and self.synchronized and dist.is_initialized():
             return self._synchronized(x, momentum)
         running = (
             (None, None) if self.training and not self.track_running_stats else (self.running_mean, self.running_var)
@@ -122,9 +131,9 @@ class _LipschitzBatchNorm(_NormBase):
         return value
 
     def extra_repr(self) -> str:
-        """Torch's arguments and γ now."""
+        """Torch's arguments, γ now, and whether processes are synchronised."""
         gamma = None if self.gamma is None else f"{self.gamma.item():.4g}"
-        return f"{super().extra_repr()}, gamma={gamma}"
+        return f"{super().extra_repr()}, gamma={gamma}{', synchronized=True' if self.synchronized else ''}"
 
     def _running_variance(self) -> Tensor:
         if self.running_var is None:
@@ -154,7 +163,7 @@ class _LipschitzBatchNorm(_NormBase):
 
     def _synchronized(self, x: Tensor, momentum: float) -> Tensor:
         """Training step of synchronised batch norm: one all-reduce, the clip from the global variance."""
-        mean, variance, count = synchronized_moments(x, cast(Any, self._sync).process_group)
+        mean, variance, count = synchronized_moments(x, self.process_group)
         if self.running_mean is not None and self.running_var is not None:
             unbiased = variance.detach() * (count / (count - 1).clamp(min=1.0)).to(variance.dtype)
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
@@ -182,8 +191,8 @@ _DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited
     γ is stored as ``log_gamma`` and takes no weight decay
     (:func:`~lightning_lcnn.layers.lcnn_parameter_groups`). The other entries of the ``state_dict`` carry torch's names,
     so weights of ``nn.{torch_name}`` load with ``strict=False``.
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` (Lightning: ``Trainer(sync_batchnorm=True)``) makes the layer
-    synchronise over processes, on any backend, and keeps γ.
+    :func:`~lightning_lcnn.layers.convert_sync_batchnorm` (Lightning: ``Trainer(sync_batchnorm=True)``) makes the layer
+    synchronise over processes, on any backend; torch's function of this name would drop γ and is refused.
 
     Args:
         num_features: Channels C.
@@ -223,3 +232,48 @@ class LipschitzBatchNorm2d(_LipschitzBatchNorm):
 class LipschitzBatchNorm3d(_LipschitzBatchNorm):
     __doc__ = _DOC.format(inputs="(N, C, D, H, W)", torch_name="BatchNorm3d", name="LipschitzBatchNorm3d")
     _dimensions = (5,)
+
+
+class _Converter(nn.SyncBatchNorm):
+    """Torch's converter, which calls itself through its class for every child, with an exception for our layers."""
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: Any, process_group: Any = None) -> Any:
+        """Mark our layers, leave the others to torch."""
+        if not isinstance(module, _LipschitzBatchNorm):
+            return super().convert_sync_batchnorm(module, process_group)
+        module.synchronized, module.process_group = True, process_group
+        return module
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Have the batch norms of a network normalise the batches of all processes together.
+
+    Ours stay, with γ and all hooks, and synchronise in training from then on, with one all-reduce per layer, on any
+    backend. Torch's own become ``nn.SyncBatchNorm``, as by ``nn.SyncBatchNorm.convert_sync_batchnorm``, which would
+    also replace ours and is stopped when it meets one. ``Trainer(sync_batchnorm=True)`` calls this function where the
+    trainer has :class:`~lightning_lcnn.PowerIteration`.
+
+    Args:
+        module: Network, changed in place.
+        process_group: Processes that normalise together, None for all.
+
+    Returns:
+        The network, or what replaces it if it is itself a batch norm of torch.
+
+    Source:
+        Torch's converter; the treatment of our layers is ours.
+
+    Example:
+        >>> network = convert_sync_batchnorm(nn.Sequential(LipschitzBatchNorm2d(3), nn.BatchNorm2d(3)))
+        >>> network[0].synchronized, type(network[1]).__name__
+        (True, 'SyncBatchNorm')
+    """
+    return _Converter.convert_sync_batchnorm(module, process_group)
+
+
+def revert_sync_batchnorm(module: nn.Module) -> None:
+    """Let our batch norms normalise by the batch of their own process again; others stay as they are."""
+    for layer in module.modules():
+        if isinstance(layer, _LipschitzBatchNorm):
+            layer.synchronized, layer.process_group = False, None

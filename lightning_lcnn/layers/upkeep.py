@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lcnn._checks import check_int, check_non_negative
+from lightning_lcnn._compat import BatchNorm
 from lightning_lcnn.layers.activation import LearnableBeta
 from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
 from lightning_lcnn.layers.spectral import SpectralLayer
@@ -247,9 +247,8 @@ def _stacked(values: list[Tensor], module: nn.Module) -> Tensor:
 def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.device | None = None) -> None:
     """Make a network of averaged weights valid: its spectral norms, then the running statistics of its batch norms.
 
-    Does what ``torch.optim.swa_utils.update_bn`` does, which looks for torch's own batch norms and passes over ours
-    without a word, and calls :func:`reset_spectral_norm` first, because the statistics depend on the norms. The running
-    statistics become the averages over one pass through the data.
+    Does what ``torch.optim.swa_utils.update_bn`` does, and calls :func:`reset_spectral_norm` first, because the
+    statistics depend on the norms. The running statistics become the averages over one pass through the data.
 
     Args:
         loader: Batches for one pass in training mode: tensors, or tuples and lists that begin with the input tensor.
@@ -268,7 +267,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
     """
     if any(True for _ in spectral_layers(model)):
         reset_spectral_norm(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm | _LipschitzBatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta, modes = [norm.momentum for norm in norms], [(module, module.training) for module in model.modules()]

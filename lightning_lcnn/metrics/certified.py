@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
+from lightning_lcnn._compat import version_of
 from lightning_lcnn.bounds import MarginBounds, margin_bounds
 from lightning_lcnn.functional.certificates import lipschitz_radius, second_order_dual_radius, taylor_radius
 from lightning_lcnn.functional.input_function import check_inputs, check_logits, check_model, logits_of, unwrap
@@ -194,5 +195,5 @@ def _fingerprint(network: nn.Module, x: Tensor) -> tuple[Any, ...]:
     """Changes when a parameter, a buffer, a layer or the input's shape does."""
     tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
     sums = torch.stack([t.detach().double().norm() for t in tensors]).tolist() if tensors else []
-    identity = [(t.data_ptr(), t._version) for t in tensors]
+    identity = [(t.data_ptr(), version_of(t)) for t in tensors]
     return (tuple(x.shape[1:]), repr(network), *identity, *sums)

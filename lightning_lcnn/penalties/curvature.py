@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice, check_int, check_non_negative
+from lightning_lcnn._compat import is_compiled
 from lightning_lcnn.bounds import CurvatureGraph, trace
 from lightning_lcnn.functional.penalty_formulas import reference_penalty, sum_log_penalty
 from lightning_lcnn.kernels.modes import whole
@@ -136,7 +137,7 @@ def network_of(module: Any, compiled: bool = False) -> Any:
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return network_of(module.module, compiled)
-    if not isinstance(module, nn.Module) or defines_forward(module) or (compiled and "_orig_mod" in module._modules):
+    if not isinstance(module, nn.Module) or defines_forward(module) or (compiled and is_compiled(module)):
         return module
     trained = trained_children(module)
     candidates = [child for child in trained if log_betas(child)] or trained
@@ -217,7 +218,7 @@ class CurvaturePenalty(Penalty):
         check_choice("mode", mode, MODES)
         self.mode = mode
         self.submodule = submodule
-        self._cache = GraphCache()
+        self._graphs = GraphCache()
 
     def terms(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
         """Unweighted value under ``"curvature"``; the graph modes add ``log_slope`` and ``log_curvature``."""
@@ -235,7 +236,7 @@ class CurvaturePenalty(Penalty):
 
     def _graph_terms(self, model: nn.Module) -> dict[str, Tensor]:
         try:
-            surrogate = self._cache.graph(model).surrogate()
+            surrogate = self._graphs.graph(model).surrogate()
         except ValueError as error:
             raise ValueError(
                 f"CurvaturePenalty(mode={self.mode!r}) needs the graph of {type(model).__name__}: {error} Other ways "
@@ -264,14 +265,14 @@ class GraphCache:
     """
 
     def __init__(self) -> None:
-        self._modules: tuple[tuple[int, type], ...] = ()
+        self._traced: tuple[tuple[int, type], ...] = ()
         self._graph: CurvatureGraph | None = None
 
     def graph(self, network: nn.Module) -> CurvatureGraph:
         """Graph of ``network``; raises ``ValueError`` where it cannot be traced."""
         modules = tuple((id(module), type(module)) for module in network.modules())  # fully_shard changes the class
-        if self._graph is None or modules != self._modules:
-            self._graph, self._modules = trace(network), modules
+        if self._graph is None or modules != self._traced:
+            self._graph, self._traced = trace(network), modules
         return self._graph
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lcnn._compat import DispatchMode
 from lightning_lcnn.functional.bends import OF_ATEN, OF_CODE
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose outputs are followed
@@ -66,7 +66,7 @@ class Record:
         return consumer if self.usage[consumer].calls == 1 else None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Sees every ATen operation, also below scripted functions and custom autograd functions."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +116,7 @@ class _Recorder(TorchDispatchMode):
 
     def _kink(self, owner: str, operation: str) -> tuple[Kink, bool]:
         """Where the operation was asked for, and whether it is a part of a function that is smooth as a whole."""
-        frame: Any = sys._getframe(2)
+        frame: Any = inspect.currentframe()
         is_part = False
         while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
             is_part |= frame.f_code in OF_CODE

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lcnn._compat import layer_sync
 from lightning_lcnn.callbacks import PenaltyCallback, PowerIteration
 from lightning_lcnn.layers import lcnn_parameter_groups, spectral_layers
 from lightning_lcnn.mixin import LCNNMixin
@@ -166,6 +167,24 @@ def test_sharding_strategies_are_refused(callback: Any, name: str, message: str)
 def test_deepspeed_stage_2_is_taken() -> None:
     strategy = type("DeepSpeedStrategy", (Strategy,), {"zero_stage_3": False})()
     PowerIteration().setup(type("Trainer", (), {"strategy": strategy})(), Plain(), "fit")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_lightnings_flag_synchronises_batch_norms_and_keeps_gamma(package: str) -> None:
+    runner = trainer(package, strategy="ddp", sync_batchnorm=True)
+    lightnings, module, callback = layer_sync(runner.strategy), Plain(), PowerIteration()
+    with pytest.raises(TypeError, match=r"would be replaced .* pass PowerIteration\(\) to the trainer"):
+        lightnings.apply(small_net())
+    callback.setup(runner, module, "fit")
+    module.net.append(nn.BatchNorm1d(3))
+    assert layer_sync(runner.strategy).apply(module) is module
+    assert module.net[1].synchronized
+    assert type(module.net[7]) is nn.SyncBatchNorm
+    layer_sync(runner.strategy).revert(module)
+    assert not module.net[1].synchronized
+    assert type(module.net[7]) is not nn.SyncBatchNorm
+    callback.teardown(runner, module, "fit")
+    assert layer_sync(runner.strategy) is lightnings
 
 
 def test_warning_where_the_optimizer_decays_beta_and_gamma() -> None:

@@ -31,6 +31,7 @@ from lightning_lcnn.layers import (
     PiecewiseSoftplus,
     SpectralConv2d,
     SpectralLinear,
+    convert_sync_batchnorm,
     lcnn_parameter_groups,
     update_spectral_norm,
 )
@@ -125,14 +126,14 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
 
 def run_training(rank: int, reshard: bool | None, folder: Path) -> dict[str, Any]:
     """Train in shards; compare what the shards measure with what an ordinary copy of them does."""
-    net = shard(nn.SyncBatchNorm.convert_sync_batchnorm(network()), reshard)
+    net = shard(convert_sync_batchnorm(network()), reshard)
     penalties = train(net, rank, 2)
     kinds = {type(parameter).__name__ for parameter in net.parameters()}
     dcp.save(get_model_state_dict(net), checkpoint_id=folder / f"sharded-{reshard}")
     state, sharded = full_state(net), measures(net)
     result = {"penalties": penalties, "measures": sharded, "kinds": kinds, "rank": rank}
     if rank == 0:  # rank 1 gets no full state
-        plain = nn.SyncBatchNorm.convert_sync_batchnorm(network(1))
+        plain = convert_sync_batchnorm(network(1))
         plain[3].conv._see_input((4, 6, 6))
         plain.load_state_dict(state)
         result |= {"state": state, "plain": measures(plain)}

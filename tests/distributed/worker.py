@@ -22,7 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lcnn.callbacks import CurvatureMonitor, PenaltyCallback, PowerIteration
 from lightning_lcnn.callbacks.base import Callback
 from lightning_lcnn.kernels.modes import whole
-from lightning_lcnn.layers import CenteredSoftplus, SpectralConv2d, SpectralLinear, lcnn_parameter_groups
+from lightning_lcnn.layers import (
+    CenteredSoftplus,
+    SpectralConv2d,
+    SpectralLinear,
+    convert_sync_batchnorm,
+    lcnn_parameter_groups,
+)
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 from tests.lightning_helpers import examples, loader, plain_classifier, small_net, trainer
@@ -110,7 +116,7 @@ class ModelParallel(Synchronised):
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        self.net = nn.SyncBatchNorm.convert_sync_batchnorm(small_net())
+        self.net = convert_sync_batchnorm(small_net())
         mesh = self.device_mesh["data_parallel"]
         for part in (self.net[0], self.net[4], self.net):
             fully_shard(part, mesh=mesh)

@@ -6,16 +6,25 @@ import copy
 import math
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lcnn.functional import clip_factor, recompute_activations
 from lightning_lcnn.kernels.clipped_batch_norm import _moments_by_rows, channel_variance
-from lightning_lcnn.layers import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
+from lightning_lcnn.layers import (
+    LipschitzBatchNorm1d,
+    LipschitzBatchNorm2d,
+    LipschitzBatchNorm3d,
+    convert_sync_batchnorm,
+)
+from lightning_lcnn.layers.batch_norm import revert_sync_batchnorm
 
 CASES = [
     (LipschitzBatchNorm1d, nn.BatchNorm1d, (6, 3)),
@@ -258,16 +267,65 @@ def test_contract() -> None:
         assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_the_handle_for_synchronisation_is_no_module_and_survives_copies() -> None:
-    model = nn.Sequential(LipschitzBatchNorm2d(3))
-    assert [type(module) for module in model.modules()] == [nn.Sequential, LipschitzBatchNorm2d]
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert [type(module) for module in converted.modules()] == [nn.Sequential, LipschitzBatchNorm2d]
+def test_synchronisation_survives_copies() -> None:
+    model = nn.Sequential(LipschitzBatchNorm2d(3), nn.BatchNorm2d(3))
+    converted = convert_sync_batchnorm(copy.deepcopy(model))
+    assert [type(module) for module in converted] == [LipschitzBatchNorm2d, nn.SyncBatchNorm]
+    assert converted.state_dict().keys() == model.state_dict().keys()
     for copied in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        assert isinstance(copied[0]._sync, nn.SyncBatchNorm)
-    assert not isinstance(model[0]._sync, nn.SyncBatchNorm)
+        assert copied[0].synchronized
+        assert "synchronized=True" in repr(copied)
+    assert not model[0].synchronized
+    revert_sync_batchnorm(converted)
+    assert not converted[0].synchronized
+    model, converted = model[:1], convert_sync_batchnorm(copy.deepcopy(model[:1]))
     x = torch.randn(4, 3, 2, 2)
     assert torch.equal(converted(x), model(x))  # no processes: nothing to synchronise
+
+
+def _converter_of_timm() -> Callable[[nn.Module], nn.Module]:
+    return pytest.importorskip("timm.layers").convert_sync_batchnorm
+
+
+CONVERTERS = {"torch": lambda: nn.SyncBatchNorm.convert_sync_batchnorm, "timm": _converter_of_timm}
+
+
+@pytest.mark.parametrize("converter", CONVERTERS)
+@pytest.mark.parametrize("layer", [LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d])
+def test_converters_that_would_drop_gamma_are_stopped(layer: Callable[..., nn.Module], converter: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"{layer.__name__} would be replaced by a batch norm without γ. Use lightning_"
+    ):
+        CONVERTERS[converter]()(nn.Sequential(nn.Conv2d(3, 3, 1), layer(3)))
+
+
+def test_the_layer_is_a_leaf() -> None:
+    layer = LipschitzBatchNorm2d(3)
+    model, seen = nn.Sequential(nn.Sequential(layer), nn.ReLU()), []
+    model.apply(seen.append)
+    assert seen == [layer, model[0], model[1], model]
+    assert list(layer.modules()) == [layer]
+    assert not list(layer.children())
+    assert [m for m in model.modules() if not list(m.children())] == [layer, model[1]]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 4, 4))
+    assert counter.get_total_flops() == 0
+    layer.add_module("quantizer", nn.Identity())  # what torch's and other tools hang onto layers
+    assert list(layer.children()) == [layer.quantizer]
+
+
+def test_torchs_and_lightnings_tools_find_the_layer() -> None:
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    model = nn.Sequential(LipschitzBatchNorm2d(3), nn.Flatten())
+    BaseFinetuning.freeze(model, train_bn=False)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(4, 3, 2, 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())
+    BaseFinetuning.make_trainable(model)
+    update_bn([torch.ones(4, 3, 2, 2)], model)  # torch's own
+    assert torch.equal(model[0].running_mean, torch.ones(3))
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, math.inf])
@@ -286,7 +344,7 @@ def _synchronised_worker(rank: int, port: int, results: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 3, 4, 4, dtype=torch.float64)
     mine = (x[:4] if rank == 0 else x[4:]).clone().requires_grad_()  # uneven batches
-    layer = nn.SyncBatchNorm.convert_sync_batchnorm(LipschitzBatchNorm2d(3, gamma=0.5).double())
+    layer = convert_sync_batchnorm(LipschitzBatchNorm2d(3, gamma=0.5).double())
     value = layer(mine)
     value.square().sum().backward()
     results_of_rank = value.detach(), mine.grad.clone(), layer.running_var.clone(), layer.state_dict()

@@ -113,7 +113,7 @@ def test_state_dict_round_trip(name, model, batches):
     filled(metric, model, batches)
     other = ALL[name]()
     other.persistent(True)
-    other.load_state_dict(metric.state_dict())  # keys are equal though the instances' markers are not
+    other.load_state_dict(metric.state_dict())  # the identity is not saved
     other._update_count = 1
     torch.testing.assert_close(other.compute(), metric.compute())
 
@@ -181,6 +181,15 @@ def test_collections_never_merge_differently_configured_metrics(model, batches):
     assert result["small"] >= result["large"]
     alone = filled(AdversarialAccuracy(0.5), model, batches).compute()
     torch.testing.assert_close(result["large"], alone)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_copies_have_the_same_identity(name):
+    metric, equal = ALL[name](), ALL[name]()
+    assert metric.metric_state.keys() == equal.metric_state.keys()  # also over processes, each of which builds its own
+    assert not torch.equal(metric.identity, equal.identity)
+    for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.to(torch.bfloat16)):
+        assert torch.equal(twin.identity, metric.identity)
 
 
 def test_dictionaries_in_collections_get_distinct_names(model, batches):
