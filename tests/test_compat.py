@@ -444,6 +444,7 @@ def test_overridden_hooks_of_lightning_cli_are_called(monkeypatch: pytest.Monkey
 
     from lightning.pytorch.demos.boring_classes import BoringModel
 
-    arguments = ["validate", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.barebones=true"]
+    quiet = ["logger=false", "enable_checkpointing=false", "enable_progress_bar=false", "accelerator=cpu", "devices=1"]
+    arguments = ["validate", *(f"--trainer.{option}" for option in quiet)]
     CLI(BoringModel, args=arguments, save_config_callback=None, seed_everything_default=False)
     assert called == ["_parse_ckpt_path", "_prepare_subcommand_kwargs"]
