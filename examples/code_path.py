@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,10 +99,8 @@ class _OneStep(lightning_lcnn.callbacks.base.Callback):
             self._recording.__exit__(None, None, None)
 
 
-def step_path() -> CodePath:
-    """One step with refreshed norms, default penalty and a logging monitor."""
-    import tempfile
-
+def step_path(every_n_steps: int = 1000) -> CodePath:
+    """One step with the default penalty and a logging monitor; every so many steps the spectral norms are refreshed."""
     data = torch.utils.data.TensorDataset(torch.randn(24, 1, 8, 8), torch.randint(10, (24,)))
     loader = torch.utils.data.DataLoader(data, 8)
     recorder = _OneStep(1)
@@ -110,7 +109,7 @@ def step_path() -> CodePath:
             max_epochs=1,
             accelerator="cpu",
             default_root_dir=folder,
-            callbacks=[recorder, CurvatureMonitor(), lightning_lcnn.PowerIteration(every_n_steps=1)],
+            callbacks=[recorder, CurvatureMonitor(), lightning_lcnn.PowerIteration(every_n_steps)],
             log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -137,7 +136,12 @@ def fold_path() -> CodePath:
     return path
 
 
-PATHS: dict[str, Callable[[], CodePath]] = {"step": step_path, "conversion": conversion_path, "fold": fold_path}
+PATHS: dict[str, Callable[[], CodePath]] = {
+    "step": step_path,
+    "step with a refresh": lambda: step_path(1),
+    "conversion": conversion_path,
+    "fold": fold_path,
+}
 
 
 def main() -> None:

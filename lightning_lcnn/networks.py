@@ -6,3 +6,4 @@ from lightning_lcnn.models.by_name import build_network as build_network
 from lightning_lcnn.models.by_name import is_low_curvature as is_low_curvature
 from lightning_lcnn.models.by_name import known_names as known_names
 from lightning_lcnn.models.by_name import load_weights as load_weights
+from lightning_lcnn.models.by_name import unknown_name as unknown_name

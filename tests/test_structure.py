@@ -84,6 +84,53 @@ def test_core_imports_nothing_but_its_dependencies() -> None:
                     assert top in core or top in sys.stdlib_module_names, f"{path.name} imports {name} at the top"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_file(path: Path) -> None:
+    """What two files share has a public name, in the same folder too."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_lcnn."):
+            shared = [alias.name for alias in node.names if is_private(alias.name)]
+            assert not shared, f"{node.module} keeps {shared} to itself"
+
+
+# Files of equal name, where the folder says the rest.
+EQUAL_NAMES = {
+    "base.py": "what the files of a folder share",
+    "convert.py": "conversion itself, and the command that asks for it",
+    "options.py": "of the conversion, and of the commands",
+    "training.py": "the commands, and the curves",
+    "pooling.py": "the layer, and the rules for it and its kin",
+    "curvature.py": "the metrics, and the penalty",
+    "report.py": "the command",
+}
+
+
+def test_file_names_are_unique_or_the_folder_says_the_rest() -> None:
+    names = [path.name for path in FILES if path.name != "__init__.py"]
+    assert {name for name in names if names.count(name) > 1} <= set(EQUAL_NAMES)
+
+
+# Files of fewer than 60 lines with at most one importer, and why they stand alone.
+SMALL = {
+    "__main__.py": "what `python -m` runs",
+    "networks.py": "an old path",
+    "conversion/source.py": "an old path",
+    "cli/report.py": "a command; the table of commands imports it by name",
+    "functional/softplus.py": "the formula of the method, with its documentation",
+}
+
+
+def test_few_rooms() -> None:
+    """A file of forty lines with one caller is a corridor: it belongs to its caller."""
+    assert len(FILES) <= 130
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        if path.name != "__init__.py" and name not in SMALL and len(path.read_text().splitlines()) < 60:
+            module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            users = [p for p in FILES if module in imported(p)]
+            assert len(users) > 1, f"{name} has {len(users)} importer and fewer than 60 lines"
+
+
 # Private names that a subclass has to read or call on itself, or that belong to torch's protocol for modules.
 ALLOWED = {
     "_modules",  # what a module holds is only found there under its own name and without its children's; torch's own

@@ -1,4 +1,4 @@
-"""What the bounds return."""
+"""Certified bounds of whole networks, and what they return."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from lightning_lcnn.bounds.forward import forward_pass
 from lightning_lcnn.bounds.graph import Leaf, Node, Recursion, shares
 from lightning_lcnn.bounds.measured import MeasuredNetwork, measure
 from lightning_lcnn.bounds.rules.pieces import Concat, Shape, Sum
+
+INFLATION = 1 + 1e-6  # covers rounding: these recursions err by less than 1e-9 in float64
+_MAX_OUTPUTS = 128
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,6 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
 
 def _aligned(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
-
-
-INFLATION = 1 + 1e-6  # covers rounding: these recursions err by less than 1e-9 in float64
-_MAX_OUTPUTS = 128
 
 
 def network_bound(model: nn.Module, example_input: Tensor, method: str = "fast") -> NetworkBound:

@@ -15,6 +15,9 @@ from lightning_lcnn.penalties import Penalty
 from lightning_lcnn.penalties.curvature import defines_forward, network_of, trained_children
 from lightning_lcnn.recording.forward_capture import ForwardCapture
 
+TOTALS = ("lcnn/log_ratio", "lcnn/log_slope", "lcnn/log_curvature")  # what a CurvatureMonitor logs of the network
+Inputs = Callable[[], tuple[Tensor, Tensor]]
+
 
 # Two packages, one and the same Lightning under two names, whose classes know nothing of each other. A bare callback in
 # Trainer(callbacks=...) and LightningCLI are checked against the class. May go when pytorch_lightning is not supported
@@ -36,9 +39,6 @@ else:
 
     class Callback(*_installed_callback_classes()):
         """Callback of both packages: a bare callback in ``Trainer(callbacks=…)`` and LightningCLI check the class."""
-
-
-TOTALS = ("lcnn/log_ratio", "lcnn/log_slope", "lcnn/log_curvature")  # what a CurvatureMonitor logs of the network
 
 
 @contextmanager
@@ -83,9 +83,6 @@ def add_to_output(output: Any, penalty: Callable[[], Tensor]) -> Any:
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         return {**output, "loss": output["loss"] + penalty()}
     return output
-
-
-Inputs = Callable[[], tuple[Tensor, Tensor]]
 
 
 def penalised_step(module: Any, penalties: Sequence[Penalty], step: Callable[[], Any], inputs: Inputs) -> Any:

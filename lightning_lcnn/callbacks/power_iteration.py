@@ -1,4 +1,4 @@
-"""When spectral norms are refreshed: every n optimizer steps, or as often as they change."""
+"""Keep the spectral norms up to date during training, of averaged weights too, as often as asked."""
 
 from __future__ import annotations
 
@@ -25,6 +25,163 @@ from lightning_lcnn.layers.upkeep import (
 )
 
 _LEAST, _MOST = 10, 80  # steps between adaptive refreshes
+
+
+class PowerIteration(Callback):
+    r"""Refresh the spectral norm of every spectral layer every few optimizer steps.
+
+    .. math:: v ← W^\top W \, T_{k-1}(W^\top W / c - 1) \, v, \quad u = \frac{W v}{\|W v\|}, \quad
+              G = \partial (u^\top W v) / \partial W, \quad σ(W) = \langle W, G \rangle
+
+    At the start of a fit every layer is iterated to convergence. A resumed fit goes on from the vectors in the
+    checkpoint, at the same steps as without the interruption. The result depends only on weights and vectors, so
+    processes agree without communication; DDP is told not to broadcast the vectors.
+    The largest residual :math:`\|W^\top u - σ v\| / σ` is logged as ``lcnn/spectral_residual`` on logging steps.
+    Without spectral layers the callback only checks strategy and optimizers.
+    With ``Trainer(sync_batchnorm=True)`` it sees to it that our batch norms are synchronised and keep γ
+    (:func:`~lightning_lcnn.layers.convert_sync_batchnorm`).
+
+    Where a callback averages the weights (WeightAveraging, EMAWeightAveraging), the norms of the averaged network are
+    iterated to convergence before it is validated or saved and when it takes the network's place at the end.
+
+    :class:`~lightning_lcnn.LCNNMixin` adds this callback with its defaults where the trainer has none.
+
+    Args:
+        every_n_steps: Optimizer steps between refreshes. At 10, they cost 0.7 % of the training of a ResNet-18 of width
+            16 at batch 128, and 2 % of width 64 at batch 32. ``"auto"`` starts with 10 and refreshes as often as the
+            norms change, every 10 to 80 steps: half as often where a refresh changed no norm by a quarter of
+            ``max_change``, twice as often where it changed one by more.
+        num_iterations: Products k with each layer and with its adjoint in a refresh. One loses track where singular
+            vectors overtake each other: σ fell short by 8 % on average after 100 steps of SGD at 0.05 (ResNet-18 of
+            width 8), by 0.5 % with 5.
+        tolerance: Relative residual of σ² at which the convergence at the start stops.
+        max_iterations: Iterations after which it stops in any case, with a warning.
+        max_change: Relative change of a norm in a refresh, for ``"auto"``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range; at setup, under FSDP1 and DeepSpeed ZeRO stage 3; when the fit
+            starts, if weights are averaged and a spectral layer does not know its input size yet.
+
+    Source:
+        LCNN (Srinivas et al., 2022) refreshes in every forward; the constant G, the interval and the Chebyshev filter
+        T (:func:`~lightning_lcnn.functional.filtered_power_iteration`) are ours.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PowerIteration(every_n_steps=20)], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | str = 10,
+        num_iterations: int = 5,
+        tolerance: float = 1e-3,
+        max_iterations: int = 240,
+        max_change: float = 0.01,
+    ) -> None:
+        self._schedule = refresh_schedule(every_n_steps, max_change)
+        check_int("num_iterations", num_iterations)
+        check_positive("tolerance", tolerance)
+        check_int("max_iterations", max_iterations)
+        self.every_n_steps = every_n_steps
+        self.num_iterations = num_iterations
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.max_change = max_change
+        self.residual: Tensor | None = None  # () of the last refresh
+        self._active = False
+        self._restored = False
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse sharding strategies; spare DDP a broadcast of as many bytes as the weights have; keep γ in sync."""
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        keep_gamma_in_sync(trainer.strategy)
+        _exclude_from_broadcast(pl_module)
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Undo :meth:`setup`."""
+        leave_sync_to_lightning(trainer.strategy)
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the optimizers, and converge unless this fit continues another one."""
+        check_optimizers(trainer.optimizers, pl_module)
+        check_averages(trainer, pl_module)
+        self._active = any(True for _ in spectral_layers(pl_module))
+        continued = self._restored or trainer.global_step > 0
+        self._restored = False
+        if not self._active or continued:
+            return
+        self._schedule.refreshed(0, None)
+        with phase(trainer, "power_iteration"):
+            self.residual = reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
+        if float(self.residual) > self.tolerance:
+            warnings.warn(
+                f"The spectral norms reached a residual of {float(self.residual):.1e} in {self.max_iterations} "
+                f"iterations, not {self.tolerance:.1e}: raise `max_iterations` or `tolerance` of PowerIteration.",
+                UserWarning,
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Refresh at the first batch of each interval of optimizer steps."""
+        if not self._active:
+            return
+        if self._schedule.is_due(trainer.global_step):
+            with phase(trainer, "power_iteration"):
+                self._schedule.refreshed(trainer.global_step, self._refresh(pl_module))
+        if self.residual is not None and logs_now(trainer):
+            pl_module.log("lcnn/spectral_residual", self.residual)
+
+    @override
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the averaged network valid before its callback puts it in the network's place."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            converge_averages(trainer, self.tolerance, self.max_iterations)
+
+    @override
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Make the averaged network valid, in place: the checkpoint may hold its tensors already."""
+        converge_averages(trainer, self.tolerance, self.max_iterations)
+
+    @override
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Make the network valid that has got the averaged weights."""
+        if averaged_networks(trainer):
+            reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
+
+    def _refresh(self, module: torch.nn.Module) -> Tensor | None:
+        """Refresh all norms; with an adaptive interval return their largest relative change, 0-d."""
+        adaptive = isinstance(self._schedule, AdaptiveInterval)
+        before = spectral_norms(module) if adaptive else None
+        self.residual = update_spectral_norm(module, self.num_iterations)
+        return None if before is None else (spectral_norms(module) / before - 1.0).abs().amax()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the next refresh; everything else is in the layers' buffers."""
+        return {"interval": self._schedule.state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the same interval."""
+        self._schedule.load_state(state_dict["interval"])
+        self._restored = True
+
+
+def _exclude_from_broadcast(module: torch.nn.Module) -> None:
+    ignored = ignored_by_ddp(module)
+    layers = {id(layer) for layer in spectral_layers(module)}
+    for prefix, layer in module.named_modules():
+        if id(layer) in layers:
+            ignored |= {f"{prefix}.{name}" for name in ("spectral_gradient", "right_vector")}
+    if ignored:
+        ignore_in_ddp(module, ignored)
 
 
 class FixedInterval:
@@ -207,160 +364,3 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-class PowerIteration(Callback):
-    r"""Refresh the spectral norm of every spectral layer every few optimizer steps.
-
-    .. math:: v ← W^\top W \, T_{k-1}(W^\top W / c - 1) \, v, \quad u = \frac{W v}{\|W v\|}, \quad
-              G = \partial (u^\top W v) / \partial W, \quad σ(W) = \langle W, G \rangle
-
-    At the start of a fit every layer is iterated to convergence. A resumed fit goes on from the vectors in the
-    checkpoint, at the same steps as without the interruption. The result depends only on weights and vectors, so
-    processes agree without communication; DDP is told not to broadcast the vectors.
-    The largest residual :math:`\|W^\top u - σ v\| / σ` is logged as ``lcnn/spectral_residual`` on logging steps.
-    Without spectral layers the callback only checks strategy and optimizers.
-    With ``Trainer(sync_batchnorm=True)`` it sees to it that our batch norms are synchronised and keep γ
-    (:func:`~lightning_lcnn.layers.convert_sync_batchnorm`).
-
-    Where a callback averages the weights (WeightAveraging, EMAWeightAveraging), the norms of the averaged network are
-    iterated to convergence before it is validated or saved and when it takes the network's place at the end.
-
-    :class:`~lightning_lcnn.LCNNMixin` adds this callback with its defaults where the trainer has none.
-
-    Args:
-        every_n_steps: Optimizer steps between refreshes. At 10, they cost 0.7 % of the training of a ResNet-18 of width
-            16 at batch 128, and 2 % of width 64 at batch 32. ``"auto"`` starts with 10 and refreshes as often as the
-            norms change, every 10 to 80 steps: half as often where a refresh changed no norm by a quarter of
-            ``max_change``, twice as often where it changed one by more.
-        num_iterations: Products k with each layer and with its adjoint in a refresh. One loses track where singular
-            vectors overtake each other: σ fell short by 8 % on average after 100 steps of SGD at 0.05 (ResNet-18 of
-            width 8), by 0.5 % with 5.
-        tolerance: Relative residual of σ² at which the convergence at the start stops.
-        max_iterations: Iterations after which it stops in any case, with a warning.
-        max_change: Relative change of a norm in a refresh, for ``"auto"``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range; at setup, under FSDP1 and DeepSpeed ZeRO stage 3; when the fit
-            starts, if weights are averaged and a spectral layer does not know its input size yet.
-
-    Source:
-        LCNN (Srinivas et al., 2022) refreshes in every forward; the constant G, the interval and the Chebyshev filter
-        T (:func:`~lightning_lcnn.functional.filtered_power_iteration`) are ours.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[PowerIteration(every_n_steps=20)], logger=False, accelerator="cpu")
-    """
-
-    def __init__(
-        self,
-        every_n_steps: int | str = 10,
-        num_iterations: int = 5,
-        tolerance: float = 1e-3,
-        max_iterations: int = 240,
-        max_change: float = 0.01,
-    ) -> None:
-        self._schedule = refresh_schedule(every_n_steps, max_change)
-        check_int("num_iterations", num_iterations)
-        check_positive("tolerance", tolerance)
-        check_int("max_iterations", max_iterations)
-        self.every_n_steps = every_n_steps
-        self.num_iterations = num_iterations
-        self.tolerance = tolerance
-        self.max_iterations = max_iterations
-        self.max_change = max_change
-        self.residual: Tensor | None = None  # () of the last refresh
-        self._active = False
-        self._restored = False
-
-    @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse sharding strategies; spare DDP a broadcast of as many bytes as the weights have; keep γ in sync."""
-        if stage != "fit":
-            return
-        check_strategy(trainer.strategy)
-        keep_gamma_in_sync(trainer.strategy)
-        _exclude_from_broadcast(pl_module)
-
-    @override
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Undo :meth:`setup`."""
-        leave_sync_to_lightning(trainer.strategy)
-
-    @override
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizers, and converge unless this fit continues another one."""
-        check_optimizers(trainer.optimizers, pl_module)
-        check_averages(trainer, pl_module)
-        self._active = any(True for _ in spectral_layers(pl_module))
-        continued = self._restored or trainer.global_step > 0
-        self._restored = False
-        if not self._active or continued:
-            return
-        self._schedule.refreshed(0, None)
-        with phase(trainer, "power_iteration"):
-            self.residual = reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
-        if float(self.residual) > self.tolerance:
-            warnings.warn(
-                f"The spectral norms reached a residual of {float(self.residual):.1e} in {self.max_iterations} "
-                f"iterations, not {self.tolerance:.1e}: raise `max_iterations` or `tolerance` of PowerIteration.",
-                UserWarning,
-            )
-
-    @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Refresh at the first batch of each interval of optimizer steps."""
-        if not self._active:
-            return
-        if self._schedule.is_due(trainer.global_step):
-            with phase(trainer, "power_iteration"):
-                self._schedule.refreshed(trainer.global_step, self._refresh(pl_module))
-        if self.residual is not None and logs_now(trainer):
-            pl_module.log("lcnn/spectral_residual", self.residual)
-
-    @override
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the averaged network valid before its callback puts it in the network's place."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            converge_averages(trainer, self.tolerance, self.max_iterations)
-
-    @override
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Make the averaged network valid, in place: the checkpoint may hold its tensors already."""
-        converge_averages(trainer, self.tolerance, self.max_iterations)
-
-    @override
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Make the network valid that has got the averaged weights."""
-        if averaged_networks(trainer):
-            reset_spectral_norm(pl_module, self.tolerance, self.max_iterations)
-
-    def _refresh(self, module: torch.nn.Module) -> Tensor | None:
-        """Refresh all norms; with an adaptive interval return their largest relative change, 0-d."""
-        adaptive = isinstance(self._schedule, AdaptiveInterval)
-        before = spectral_norms(module) if adaptive else None
-        self.residual = update_spectral_norm(module, self.num_iterations)
-        return None if before is None else (spectral_norms(module) / before - 1.0).abs().amax()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """What decides the next refresh; everything else is in the layers' buffers."""
-        return {"interval": self._schedule.state()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the same interval."""
-        self._schedule.load_state(state_dict["interval"])
-        self._restored = True
-
-
-def _exclude_from_broadcast(module: torch.nn.Module) -> None:
-    ignored = ignored_by_ddp(module)
-    layers = {id(layer) for layer in spectral_layers(module)}
-    for prefix, layer in module.named_modules():
-        if id(layer) in layers:
-            ignored |= {f"{prefix}.{name}" for name in ("spectral_gradient", "right_vector")}
-    if ignored:
-        ignore_in_ddp(module, ignored)

@@ -18,6 +18,9 @@ from lightning_lcnn.conversion.tree import is_ours, replace_modules, take_over
 from lightning_lcnn.layers import ScaledActivation
 from lightning_lcnn.recording.run import Record
 
+_NORMS = (*rules.NORMS, nn.SyncBatchNorm)
+_READ_OUTSIDE = "another module reads its weight"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -64,10 +67,6 @@ class ConversionReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{len(self.changed)} changed, {len(self.kept)} left alone, {len(self.kinks)} of them with kinks"
         return "\n".join([*lines, total])
-
-
-_NORMS = (*rules.NORMS, nn.SyncBatchNorm)
-_READ_OUTSIDE = "another module reads its weight"
 
 
 class Decisions:

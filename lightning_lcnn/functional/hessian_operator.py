@@ -21,7 +21,6 @@ from lightning_lcnn.functional.lanczos import safe_norm
 from lightning_lcnn.kernels.frozen_graph import FrozenGraph
 
 HVP_MODES = ("double_backward", "forward_over_reverse", "finite_difference")
-
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

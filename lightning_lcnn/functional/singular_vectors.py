@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from lightning_lcnn.functional.lanczos import lanczos
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_INPUT = {1: conv_grad.conv1d_input, 2: conv_grad.conv2d_input, 3: conv_grad.conv3d_input}
 _CONV_WEIGHT = {1: conv_grad.conv1d_weight, 2: conv_grad.conv2d_weight, 3: conv_grad.conv3d_weight}
+# Vectors between two restarts: as much memory as 24 inputs of the layer. 12 need 1.5 times the products.
+_SUBSPACE = 24
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class ConvGeometry:
         """Spatial size of the output; entries below 1 mean that the kernel does not fit."""
         sizes = zip(input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As ``torch.convolution`` takes them, for padding that is the same before and after each dimension."""
-        padding = [before for before, _ in self.padding]
-        return self.stride, padding, self.dilation, False, [0] * len(padding), self.groups
 
 
 @dataclass(frozen=True)
@@ -151,10 +147,6 @@ def _split_padding(geometry: ConvGeometry) -> tuple[tuple[int, ...], tuple[int, 
     common = tuple(min(pair) for pair in geometry.padding)
     pairs = zip(reversed(geometry.padding), reversed(common), strict=True)
     return common, tuple(side - c for pair, c in pairs for side in pair)
-
-
-# Vectors between two restarts: as much memory as 24 inputs of the layer. 12 need 1.5 times the products.
-_SUBSPACE = 24
 
 
 @dataclass(frozen=True)

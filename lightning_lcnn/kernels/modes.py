@@ -16,6 +16,11 @@ from torch.distributed.nn.functional import all_reduce
 
 from lightning_lcnn._compat import hook_tables, in_function_transform, is_executed, is_of_fully_shard
 
+# ``known``: what can be computed again, set within ``recompute_activations``. Local to the thread, as torch's hooks on
+# saved tensors are: with a global one a forward in another thread, of nn.DataParallel or a server, would write down
+# recipes that no hook of its own reads, and keep their inputs alive. Backward reads none of it, whatever its thread.
+recomputation = threading.local()
+
 
 def needs_composite() -> bool:
     """True where a custom autograd function would break the graph or is not supported."""
@@ -62,12 +67,6 @@ def _is_executed(node: Any) -> bool:
         return is_executed(node)
     except RuntimeError:  # a leaf by which autograd.grad differentiates, about which torch does not answer
         return True
-
-
-# ``known``: what can be computed again, set within ``recompute_activations``. Local to the thread, as torch's hooks on
-# saved tensors are: with a global one a forward in another thread, of nn.DataParallel or a server, would write down
-# recipes that no hook of its own reads, and keep their inputs alive. Backward reads none of it, whatever its thread.
-recomputation = threading.local()
 
 
 def is_recomputing() -> bool:

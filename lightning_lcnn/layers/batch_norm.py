@@ -26,7 +26,9 @@ from lightning_lcnn.kernels.modes import scalar, synchronized_moments, whole
 from lightning_lcnn.kernels.recomputation import remember
 
 
-class _LipschitzBatchNorm(BatchNorm):
+class LipschitzBatchNorm(BatchNorm):
+    """Base of the Lipschitz batch norms, which name the dimensions that they take."""
+
     # An instance of torch's own base, so that what looks batch norms up finds this layer too: torch's `update_bn`,
     # Lightning's BaseFinetuning, users who freeze statistics. So does torch's converter to SyncBatchNorm, which builds
     # its own layer in place of every instance and would drop γ without a word; that is why `named_children` stops it,
@@ -219,17 +221,17 @@ _DOC = r"""Batch normalisation over {inputs} whose Lipschitz constant is limited
     """
 
 
-class LipschitzBatchNorm1d(_LipschitzBatchNorm):
+class LipschitzBatchNorm1d(LipschitzBatchNorm):
     __doc__ = _DOC.format(inputs="(N, C) or (N, C, L)", torch_name="BatchNorm1d", name="LipschitzBatchNorm1d")
     _dimensions = (2, 3)
 
 
-class LipschitzBatchNorm2d(_LipschitzBatchNorm):
+class LipschitzBatchNorm2d(LipschitzBatchNorm):
     __doc__ = _DOC.format(inputs="(N, C, H, W)", torch_name="BatchNorm2d", name="LipschitzBatchNorm2d")
     _dimensions = (4,)
 
 
-class LipschitzBatchNorm3d(_LipschitzBatchNorm):
+class LipschitzBatchNorm3d(LipschitzBatchNorm):
     __doc__ = _DOC.format(inputs="(N, C, D, H, W)", torch_name="BatchNorm3d", name="LipschitzBatchNorm3d")
     _dimensions = (5,)
 
@@ -240,7 +242,7 @@ class _Converter(nn.SyncBatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: Any, process_group: Any = None) -> Any:
         """Mark our layers, leave the others to torch."""
-        if not isinstance(module, _LipschitzBatchNorm):
+        if not isinstance(module, LipschitzBatchNorm):
             return super().convert_sync_batchnorm(module, process_group)
         module.synchronized, module.process_group = True, process_group
         return module
@@ -275,5 +277,5 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
 def revert_sync_batchnorm(module: nn.Module) -> None:
     """Let our batch norms normalise by the batch of their own process again; others stay as they are."""
     for layer in module.modules():
-        if isinstance(layer, _LipschitzBatchNorm):
+        if isinstance(layer, LipschitzBatchNorm):
             layer.synchronized, layer.process_group = False, None

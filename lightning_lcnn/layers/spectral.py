@@ -25,6 +25,7 @@ from lightning_lcnn.functional.singular_vectors import (
 )
 from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, scalar, whole
 from lightning_lcnn.kernels.normalized_convolution import (
+    Arguments,
     SharedGradient,
     inner_product,
     normalized_convolution,
@@ -37,6 +38,8 @@ from lightning_lcnn.kernels.normalized_convolution import (
 _SHARED: weakref.WeakKeyDictionary[nn.Module, SharedGradient] = weakref.WeakKeyDictionary()
 _PERTURBATION = 0.03  # costs 1e-5 of σ when nothing overtakes; without it a converged vector cannot change its mind
 _STATE = ("weight", "spectral_gradient", "right_vector")
+ConvT = TypeVar("ConvT", bound="SpectralConvNd")
+LinearT = TypeVar("LinearT", bound="SpectralLinear")
 
 
 class SpectralLayer(nn.Module):
@@ -237,9 +240,6 @@ def _unit(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector)
 
 
-ConvT = TypeVar("ConvT", bound="SpectralConvNd")
-
-
 class SpectralConvNd(SpectralLayer):
     """Base of the spectral convolutions; the subclass names its torch class and inherits from it."""
 
@@ -335,23 +335,31 @@ class SpectralConvNd(SpectralLayer):
         """Apply the normalised layer to (B, in_channels, *size) or (in_channels, *size)."""
         if self.right_vector.numel() == 0:
             self._see_input((self.in_channels, *input.shape[2 - self.weight.dim() :]))
-        geometry = self._geometry()
-        if self._is_eager(input, geometry):
+        arguments = self._arguments()
+        if arguments is not None and self._is_eager(input):
             gradient = self._shared_gradient().lend(self.spectral_gradient)
             log_gamma = None if self.log_gamma is None else scalar(self.log_gamma)
-            return normalized_convolution(input, self.weight, self.bias, log_gamma, gradient, geometry.arguments())
+            return normalized_convolution(input, self.weight, self.bias, log_gamma, gradient, arguments)
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
-    def _is_eager(self, input: Tensor, geometry: ConvGeometry) -> bool:
+    def _arguments(self) -> Arguments | None:
+        """What ``torch.convolution`` takes; None where the padding before and after a dimension differ."""
+        padding = self.padding
+        if isinstance(padding, str):
+            pairs = self._geometry().padding
+            if any(before != after for before, after in pairs):
+                return None
+            padding = tuple(before for before, _ in pairs)
+        return self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups
+
+    def _is_eager(self, input: Tensor) -> bool:
         """Whether the custom function, which keeps less for backward, can stand in for the composed operations."""
         if needs_composite() or torch.is_autocast_enabled("cpu") or input.dim() != self.weight.dim():
             return False
         if not self.weight.requires_grad:  # input measures freeze the weights and have a cheaper second derivative
             return False
         others = (t for t in (self.bias, self.log_gamma) if t is not None)
-        if not on_plain_cpu(input, self.weight, self.spectral_gradient, *others):
-            return False
-        return all(before == after for before, after in geometry.padding)
+        return on_plain_cpu(input, self.weight, self.spectral_gradient, *others)
 
     def extra_repr(self) -> str:
         """Torch's text, and the input size once it is known."""
@@ -387,9 +395,6 @@ def _check_padding_mode(padding_mode: str) -> None:
             f"`padding_mode` must be 'zeros', got {padding_mode!r}: the norm of others is not computed. "
             "Use zeros, or a padding layer (nn.ReflectionPad2d, ...) before a convolution without padding."
         )
-
-
-LinearT = TypeVar("LinearT", bound="SpectralLinear")
 
 
 class SpectralLinear(SpectralLayer, nn.Linear):

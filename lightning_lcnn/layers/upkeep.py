@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lcnn._checks import check_int, check_non_negative
 from lightning_lcnn._compat import BatchNorm
 from lightning_lcnn.layers.activation import LearnableBeta
-from lightning_lcnn.layers.batch_norm import _LipschitzBatchNorm
+from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm
 from lightning_lcnn.layers.spectral import SpectralLayer
 
 
@@ -52,7 +52,7 @@ def log_gammas(module: nn.Module) -> dict[str, Tensor]:
         >>> list(log_gammas(nn.Sequential(SpectralLinear(2, 2, gamma=3.0), SpectralLinear(2, 2))))
         ['0.log_gamma']
     """
-    return _collect(module, (_LipschitzBatchNorm, SpectralLayer), "log_gamma")
+    return _collect(module, (LipschitzBatchNorm, SpectralLayer), "log_gamma")
 
 
 def low_curvature_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

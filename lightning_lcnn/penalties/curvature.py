@@ -17,6 +17,7 @@ from lightning_lcnn.kernels.modes import whole
 from lightning_lcnn.layers.upkeep import log_betas, log_gammas
 
 Schedule = int | Callable[[int], float] | None
+MODES = ("bound", "log_hessian", "sum_log", "reference")
 
 
 class Penalty:
@@ -139,8 +140,9 @@ def network_of(module: Any, compiled: bool = False) -> Any:
         return network_of(module.module, compiled)
     if not isinstance(module, nn.Module) or defines_forward(module) or (compiled and is_compiled(module)):
         return module
-    trained = trained_children(module)
-    candidates = [child for child in trained if log_betas(child)] or trained
+    candidates = trained_children(module)
+    if len(candidates) > 1:
+        candidates = [child for child in candidates if log_betas(child)] or candidates
     return network_of(candidates[0], compiled) if len(candidates) == 1 else module
 
 
@@ -163,9 +165,6 @@ def trained_children(module: nn.Module) -> list[nn.Module]:
         [Linear(in_features=1, out_features=1, bias=True)]
     """
     return [child for child in module.children() if any(True for _ in child.parameters())]
-
-
-MODES = ("bound", "log_hessian", "sum_log", "reference")
 
 
 class CurvaturePenalty(Penalty):
@@ -223,16 +222,13 @@ class CurvaturePenalty(Penalty):
     def terms(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
         """Unweighted value under ``"curvature"``; the graph modes add ``log_slope`` and ``log_curvature``."""
         target = network_of(model) if self.submodule is None else model.get_submodule(self.submodule)
-        betas = log_betas(target)
-        if not betas:
-            raise ValueError(
-                f"CurvaturePenalty found no CenteredSoftplus in {type(target).__name__}: there is nothing whose "
-                "curvature it could lower. Convert the network with `to_low_curvature(model, example_input)` first."
-            )
         if self.mode in ("bound", "log_hessian"):
+            if not self._graphs.knows(target):
+                _log_betas_of(target)
             return self._graph_terms(target)
         formula = sum_log_penalty if self.mode == "sum_log" else reference_penalty
-        return {self.name: formula([*map(whole, betas.values())], [*map(whole, log_gammas(target).values())])}
+        betas, gammas = _log_betas_of(target), log_gammas(target)
+        return {self.name: formula([*map(whole, betas.values())], [*map(whole, gammas.values())])}
 
     def _graph_terms(self, model: nn.Module) -> dict[str, Tensor]:
         try:
@@ -254,6 +250,16 @@ class CurvaturePenalty(Penalty):
         return f"CurvaturePenalty(weight={self.weight}, mode={self.mode!r}, schedule={self.schedule!r})"
 
 
+def _log_betas_of(network: nn.Module) -> dict[str, Tensor]:
+    betas = log_betas(network)
+    if not betas:
+        raise ValueError(
+            f"CurvaturePenalty found no CenteredSoftplus in {type(network).__name__}: there is nothing whose "
+            "curvature it could lower. Convert the network with `to_low_curvature(model, example_input)` first."
+        )
+    return betas
+
+
 class GraphCache:
     """The traced graph of a network, traced at first use and again when its modules have changed.
 
@@ -270,11 +276,19 @@ class GraphCache:
 
     def graph(self, network: nn.Module) -> CurvatureGraph:
         """Graph of ``network``; raises ``ValueError`` where it cannot be traced."""
-        modules = tuple((id(module), type(module)) for module in network.modules())  # fully_shard changes the class
-        if self._graph is None or modules != self._traced:
+        modules = _modules_of(network)
+        if self._graph is None or self._traced != modules:
             self._graph, self._traced = trace(network), modules
         return self._graph
+
+    def knows(self, network: nn.Module) -> bool:
+        """Whether this network, with these modules, was the last one traced."""
+        return self._graph is not None and self._traced == _modules_of(network)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle without the graph."""
         return GraphCache, ()
+
+
+def _modules_of(network: nn.Module) -> tuple[tuple[int, type], ...]:
+    return tuple((id(module), type(module)) for module in network.modules())  # fully_shard changes the class

@@ -13,6 +13,12 @@ from lightning_lcnn._checks import import_extra
 from lightning_lcnn.plots.grouping import Method, Spread
 from lightning_lcnn.plots.training import History, numbered_rows
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DIGITS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_POINTS = 300  # per curve; more cannot be seen
+
 
 class Html(str):
     """Text that is HTML and is not escaped again."""
@@ -54,9 +60,6 @@ def cell_of(content: str) -> Html:
 def details(summary: str, *children: str) -> Html:
     """Content that opens with a click, and is open in print."""
     return tag("details", tag("summary", summary), *children)
-
-
-_DIGITS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -117,12 +120,6 @@ def against(value: float, baseline: float, points: bool = False) -> str:
         return ""
     factor = number(max(value, baseline) / min(value, baseline))
     return "equal" if factor == "1" else f"{factor}× {'lower' if value < baseline else 'higher'}"
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_POINTS = 300  # per curve; more cannot be seen
 
 
 def figure_html(figure: Figure, key: str, alt: str, caption: str) -> Html:

@@ -24,6 +24,8 @@ from lightning_lcnn.report.markup import (
 from lightning_lcnn.report.method_notes import unequal_images
 
 HIGHER, LOWER, NEITHER = "higher is better", "lower is better", ""
+_HINT = "Curvature is ‖∇²f‖ / ‖∇f‖, averaged over images: how fast the input gradient turns.{}"
+_POINTS = "Up and to the left is better. Large markers are means, bars one standard deviation, small markers seeds."
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,6 @@ def largest_common_radius(methods: Sequence[Method], key: str) -> str | None:
 
 def _radii(methods: Sequence[Method], key: str) -> list[str]:
     return sorted({radius for method in methods for radius in method.curve(key)}, key=float)
-
-
-_HINT = "Curvature is ‖∇²f‖ / ‖∇f‖, averaged over images: how fast the input gradient turns.{}"
-_POINTS = "Up and to the left is better. Large markers are means, bars one standard deviation, small markers seeds."
 
 
 def summary(methods: Sequence[Method]) -> Html:

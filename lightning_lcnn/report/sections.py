@@ -38,8 +38,10 @@ from lightning_lcnn.report.markup import (
 from lightning_lcnn.report.measures import largest_common_radius
 from lightning_lcnn.report.runs import Run
 
-Histories = Sequence[tuple[str, History]]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
+Histories = Sequence[tuple[str, History]]
 # What of a history is shown: pattern of the column, label of the axis (None: the column), scale, explanation.
 _TRAINING = (
     (r"lcnn/log_ratio", "log C̄ (estimate)", "linear", "Bound of curvature over slope, which the penalty lowers."),
@@ -59,6 +61,26 @@ _PERTURBATIONS = (
         adversarial_curves,
         "Accuracy under attack. Bars: standard deviation over seeds, or the standard error of the images for one seed.",
     ),
+)
+Layers = Mapping[str, float]
+_BARS = {
+    "slope": (
+        "Certified slope of each layer: bars go up from 1 where it amplifies and down where it contracts. Layers of "
+        "slope 1 are left out."
+    ),
+    "share": (
+        "What each non-linearity adds to the certified curvature bound of its network. Networks with ReLU or max "
+        "pooling have no finite bound and are left out."
+    ),
+}
+_BETA = "β of each activation, whose second derivative is at most β / 4. Lower is smoother."
+_GAMMA = "γ of each normalisation at the end of training; it limits the slope of its layer."
+Pair = tuple[Tensor, Tensor]
+_MOST_IMAGES = 8
+_MOST_PICTURES = 80  # keeps the page small
+_WORDS = (
+    "Gradient of the logit margin of each network itself, red positive and blue negative; below it the same with noise "
+    "of ℓ₂ norm {radius:g} on the image, on the same scale, and by how much it changed. First seed of each method."
 )
 
 
@@ -103,25 +125,6 @@ def _column(pattern: str, histories: Histories) -> str | None:
     matching = {c for _, history in histories for c in history if re.fullmatch(pattern, c, re.IGNORECASE)}
     filled = [c for c in matching if any(map(math.isfinite, (v for _, h in histories for v in h.get(c, ()))))]
     return min(filled, key=lambda column: (len(column), column), default=None)
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Layers = Mapping[str, float]
-
-_BARS = {
-    "slope": (
-        "Certified slope of each layer: bars go up from 1 where it amplifies and down where it contracts. Layers of "
-        "slope 1 are left out."
-    ),
-    "share": (
-        "What each non-linearity adds to the certified curvature bound of its network. Networks with ReLU or max "
-        "pooling have no finite bound and are left out."
-    ),
-}
-_BETA = "β of each activation, whose second derivative is at most β / 4. Lower is smoother."
-_GAMMA = "γ of each normalisation at the end of training; it limits the slope of its layer."
 
 
 def layers(methods: Sequence[Method], runs: Sequence[Run]) -> Html | None:
@@ -180,16 +183,6 @@ def _positive(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _wide(figure: Figure, key: str, alt: str, words: str) -> Html:
     return tag("div", figure_html(figure, key, alt, words), class_="wide")
-
-
-Pair = tuple[Tensor, Tensor]
-
-_MOST_IMAGES = 8
-_MOST_PICTURES = 80  # keeps the page small
-_WORDS = (
-    "Gradient of the logit margin of each network itself, red positive and blue negative; below it the same with noise "
-    "of ℓ₂ norm {radius:g} on the image, on the same scale, and by how much it changed. First seed of each method."
-)
 
 
 def input_gradients(runs: Sequence[Run], images: Tensor, labels: Tensor, radius: float) -> Html | None:

@@ -1,4 +1,4 @@
-"""The frame of the page: head, style, contents."""
+"""The whole page: its frame, and the files it is written to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lightning_lcnn.report.sections import input_gradients, layers, perturbation
 
 # The browser itself refuses whatever would need the network or run code.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #5c5c62; --line: #d9d9de; --page: #fff; --panel: #f5f5f7;
   --mark: #e8f3ec; }
@@ -74,39 +73,6 @@ dd { margin-left: 0; }
   details::details-content { content-visibility: visible; display: block; }
 }
 """
-
-
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]]) -> Html:
-    """The whole document; sections are pairs of a heading and the content."""
-    anchors = [f"section-{i}" for i in range(len(sections))]
-    links = [
-        tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, (heading, _) in zip(anchors, sections, strict=True)
-    ]
-    body = [
-        tag("section", tag("h2", heading, id=anchor), content)
-        for anchor, (heading, content) in zip(anchors, sections, strict=True)
-    ]
-    head = join(
-        [
-            Html('<meta charset="utf-8">'),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-            tag("title", title),
-            tag("style", Html(STYLE)),
-        ],
-        "\n",
-    )
-    main = tag(
-        "main",
-        tag("h1", title),
-        tag("p", subtitle, class_="soft"),
-        tag("nav", tag("ul", *links), aria_label="Contents"),
-        *body,
-        tag("p", f"Written by lightning-lcnn {__version__}.", class_="soft"),
-    )
-    return Html(f"<!DOCTYPE html>\n{tag('html', tag('head', head), tag('body', main), lang='en')}\n")
-
-
 _DEFAULT_RADIUS = 0.1
 
 
@@ -213,3 +179,34 @@ def _check(sources: Sequence[str | Path], output: Path, images: Tensor | None, l
         raise ValueError(
             f"`images` must have shape (N, C, H, W) with one label each, got {shape} and {len(labels)} labels."
         )
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, Html]]) -> Html:
+    """The whole document; sections are pairs of a heading and the content."""
+    anchors = [f"section-{i}" for i in range(len(sections))]
+    links = [
+        tag("li", tag("a", heading, href=f"#{anchor}")) for anchor, (heading, _) in zip(anchors, sections, strict=True)
+    ]
+    body = [
+        tag("section", tag("h2", heading, id=anchor), content)
+        for anchor, (heading, content) in zip(anchors, sections, strict=True)
+    ]
+    head = join(
+        [
+            Html('<meta charset="utf-8">'),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+            tag("title", title),
+            tag("style", Html(STYLE)),
+        ],
+        "\n",
+    )
+    main = tag(
+        "main",
+        tag("h1", title),
+        tag("p", subtitle, class_="soft"),
+        tag("nav", tag("ul", *links), aria_label="Contents"),
+        *body,
+        tag("p", f"Written by lightning-lcnn {__version__}.", class_="soft"),
+    )
+    return Html(f"<!DOCTYPE html>\n{tag('html', tag('head', head), tag('body', main), lang='en')}\n")

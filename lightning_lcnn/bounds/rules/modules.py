@@ -24,6 +24,7 @@ from lightning_lcnn.bounds.rules.pieces import (
     Shape,
     Smooth,
     Weight,
+    read_whole,
 )
 from lightning_lcnn.bounds.rules.pooling import (
     adaptive_average,
@@ -34,7 +35,6 @@ from lightning_lcnn.bounds.rules.pooling import (
     windows,
 )
 from lightning_lcnn.functional.bends import BENDS, NAMED
-from lightning_lcnn.kernels.modes import whole
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm1d, LipschitzBatchNorm2d, LipschitzBatchNorm3d
 from lightning_lcnn.layers.pooling import LogMeanExpPool2d
 
@@ -128,17 +128,13 @@ def _non_negative(value: Number) -> bool:
     return isinstance(value, Tensor) or value >= 0
 
 
-def _read(module: nn.Module, name: str) -> Any:
-    return whole(getattr(module, name))
-
-
 def _linear(module: nn.Linear) -> Piece:
-    return Weight(partial(_read, module, "weight"), None, module)
+    return Weight(partial(read_whole, module, "weight"), None, module)
 
 
 def _conv(module: nn.Conv2d) -> Piece:
     geometry = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
-    return Weight(partial(_read, module, "weight"), geometry, module)
+    return Weight(partial(read_whole, module, "weight"), geometry, module)
 
 
 def _norm(module: nn.BatchNorm2d) -> Piece:
@@ -150,17 +146,17 @@ def _norm(module: nn.BatchNorm2d) -> Piece:
 
 
 def _layer_norm(module: nn.LayerNorm) -> Piece:
-    return over_last(module.normalized_shape, module.eps, partial(_read, module, "weight"))
+    return over_last(module.normalized_shape, module.eps, partial(read_whole, module, "weight"))
 
 
 def _group_norm(module: nn.GroupNorm) -> Piece:
-    return over_groups(module.num_groups, module.num_channels, module.eps, partial(_read, module, "weight"))
+    return over_groups(module.num_groups, module.num_channels, module.eps, partial(read_whole, module, "weight"))
 
 
 def _instance_norm(module: nn.InstanceNorm2d) -> Piece:
     if module.running_var is not None:
         return Diagonal(module)
-    return over_groups(0, None, module.eps, partial(_read, module, "weight"))
+    return over_groups(0, None, module.eps, partial(read_whole, module, "weight"))
 
 
 def _apply(module: nn.Module, x: Tensor, output_shape: Shape) -> Tensor:

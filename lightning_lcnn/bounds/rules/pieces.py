@@ -274,6 +274,11 @@ class Smooth(Piece):
         return LayerBound(slope, curvature, bound.reason)
 
 
+def read_whole(module: nn.Module, name: str) -> Any:
+    """A parameter as it is now, the whole of it where FSDP2 keeps shards."""
+    return whole(getattr(module, name))
+
+
 def max_magnitude(ends: tuple[float | Tensor, float | Tensor]) -> float:
     """The largest absolute value of an interval, or of one interval for each channel."""
     return max(float(end.detach().abs().max()) if isinstance(end, Tensor) else abs(end) for end in ends)
