@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor
 from lightning_lcnn._checks import import_extra
 from lightning_lcnn._files import written_whole
 
+# by content, whatever the suffix: pillow would run Ghostscript for others
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -66,13 +71,26 @@ def load_split(folder: Path, classes: list[str], size: int, cache: Path) -> tupl
     listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size}" for p, _ in paths)
     key = hashlib.sha256(f"{folder.resolve()} {size}\n{listing}".encode()).hexdigest()[:16]
     file = cache / f"{folder.name}-{key}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
+    cached = _cached(file, len(paths), size) if file.exists() else None
+    if cached is not None:
+        return cached
     images = torch.stack([decode(p, size) for p, _ in paths])
     labels = torch.tensor([i for _, i in paths])
     with written_whole(file) as partial:
         torch.save((images, labels), partial)
     return images, labels
+
+
+def _cached(file: Path, count: int, size: int) -> tuple[Tensor, Tensor] | None:
+    """Content of a cache; None, after a warning that names it, where it is not what was written there."""
+    try:
+        images, labels = torch.load(file, map_location="cpu", weights_only=True)
+        if images.dtype == torch.uint8 and images.shape == (count, 3, size, size) and labels.shape == (count,):
+            return images, labels.long()
+    except Exception:  # torch, zipfile and pickle each have their own, and what is unpacked may be anything
+        pass
+    warnings.warn(f"the cache {file} is damaged; the images are decoded again.")
+    return None
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -87,9 +105,15 @@ def decode(path: Path, size: int) -> Tensor:
     """One image file as uint8 (3, size, size); raises ``ValueError`` naming the file where it is damaged."""
     pillow = import_extra("PIL.Image", "data")
     try:
-        with pillow.open(path) as image:
-            return to_bytes(image, size)
-    except OSError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            with pillow.open(path, formats=FORMATS) as image:
+                return to_bytes(image, size)
+    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is too large for an image, as a file that fills the memory would be: {error} Scale it down first."
+        ) from error
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} cannot be decoded as an image: {error}. Remove or replace it.") from error
 
 

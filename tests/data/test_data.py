@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lightning_lcnn.data import Digits, ImageFolder, TorchvisionData, load_split, shift_and_mirror
+from lightning_lcnn.data.image_files import decode
 
 
 def make_folder(place: Path, count: int = 6, splits: tuple[str, ...] = ("train", "test")) -> Path:
@@ -100,6 +101,53 @@ def test_the_cache_is_used_and_renewed(tmp_path):
     assert torch.equal(folder(tmp_path).load(train=True)[0], first[0] + 1)
     Image.new("RGB", (9, 7)).save(tmp_path / "train/cats/new.png")
     assert len(folder(tmp_path).load(train=True)[1]) == 13
+
+
+@pytest.mark.parametrize("content", ["cut", "empty", "other", "fewer", "type"])
+def test_a_damaged_cache_is_decoded_again(tmp_path, content):
+    data = folder(make_folder(tmp_path, splits=("train",)))
+    data.prepare_data()
+    (cache,) = (tmp_path / "cache").iterdir()
+    images, labels = data.load(train=True)
+    if content in ("cut", "empty"):
+        cache.write_bytes(cache.read_bytes()[: 2000 if content == "cut" else 0])
+    else:
+        other = {"other": {"images": images}, "fewer": (images[1:], labels[1:]), "type": (images.float(), labels)}
+        torch.save(other[content], cache)
+    with pytest.warns(UserWarning, match=rf"the cache {cache} is damaged; the images are decoded again"):
+        again = data.load(train=True)
+    assert torch.equal(again[0], images)
+    assert torch.equal(again[1], labels)
+    assert torch.equal(data.load(train=True)[0], images)  # from the new cache: no warning
+
+
+@pytest.mark.parametrize("factor", [1.5, 3])  # pillow warns of the first and raises at the second
+def test_images_that_would_fill_the_memory(tmp_path, monkeypatch, factor):
+    make_folder(tmp_path, splits=("train",))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(9 * 7 / factor))
+    with pytest.raises(ValueError, match=r"train/cats/0\.png is too large for an image, .* Scale it down first"):
+        folder(tmp_path).prepare_data()
+
+
+def test_files_are_images_whatever_their_suffix(tmp_path):
+    """PostScript, for which pillow would start Ghostscript, is no image here; a GIF that is called PNG is one."""
+    make_folder(tmp_path, splits=("train",))
+    picture = tmp_path / "train/cats/0.png"
+    Image.new("RGB", (9, 7), (50, 50, 50)).save(picture, format="GIF")
+    assert (decode(picture, 4) == 50).all()
+    Image.new("RGB", (9, 7)).save(picture, format="EPS")
+    with pytest.raises(ValueError, match=r"0\.png cannot be decoded as an image"):
+        decode(picture, 4)
+    for content in (
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 20,
+        b"\xff\xd8\xff\xe0",
+        b"BM" + b"\xff" * 60,
+        b"RIFF\0\0\0\0WEBP",
+        b"",
+    ):
+        picture.write_bytes(content)
+        with pytest.raises(ValueError, match=r"0\.png cannot be decoded as an image"):
+            decode(picture, 4)
 
 
 def test_folders_that_do_not_fit(tmp_path):
