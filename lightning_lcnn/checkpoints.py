@@ -5,18 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lcnn._compat import class_path_of
-from lightning_lcnn._files import read_checkpoint, weights_of
+from lightning_lcnn._files import read_checkpoint, read_json, weights_of
 from lightning_lcnn.classifier import MARK, LitClassifier
 from lightning_lcnn.models.by_name import LIBRARIES, build_network, is_low_curvature, known_names
+from lightning_lcnn.models.from_file import Source, check_class_path, classifier_settings, users_settings
 from lightning_lcnn.models.normalize import Normalize
 
 RUN_FILES = ("network.pt", "checkpoints/last.ckpt", "last.ckpt")
@@ -82,7 +83,7 @@ def load_classifier(
         return _loaded(build_network(network, weights=weights, **options), name, file, normalize)
     if isinstance(content, nn.Module):
         return _loaded(content, name, file, normalize)
-    written_by = _class_of(content)
+    written_by = class_of(content)
     if written_by is None:
         raise ValueError(f"{file} holds weights and no network; name it with --network (network=...).")
     if model is None and written_by == _PLACE:
@@ -96,7 +97,7 @@ def load_classifier(
         )
     if written_by == _PLACE and import_class(model) is not LitClassifier:
         raise ValueError(f"{file} is a checkpoint of LitClassifier and not of {model}; leave out --model (model=...).")
-    return _loaded(_users_module(model, file, trust), name, file, normalize)
+    return _loaded(_users_module(model, content, file, trust), name, file, normalize)
 
 
 def _name_hint(name: str) -> str:
@@ -116,34 +117,57 @@ def network_file(source: Path) -> Path:
         return source
     found = [source / file for file in RUN_FILES if (source / file).is_file()]
     found += sorted(source.glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    about = source / "run.json"
-    named = json.loads(about.read_text()).get("checkpoint") if about.is_file() else None
-    found += [Path(named)] if named else []
+    named = read_about(source).get("checkpoint")
+    found += [Path(named)] if isinstance(named, str) else []
     if not found:
         raise FileNotFoundError(f"{source} holds no network: expected {' or '.join(RUN_FILES)}.")
     return found[0]
 
 
+def read_about(run: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run folder says; {} without one."""
+    file = run / "run.json"
+    about = read_json(file) if file.is_file() else {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(about).__name__}.")
+    return about
+
+
 def lit_classifier(content: Mapping[str, Any], file: Path, trust: bool) -> LitClassifier:
     """The module of a checkpoint that a `LitClassifier` wrote, without running code that the file names."""
-    known = inspect.signature(LitClassifier).parameters
-    skipped = ("penalties", "metrics", "weights", "pretrained")
-    given = {k: v for k, v in content["hyper_parameters"].items() if k in known and k not in skipped}
-    network = given.get("network", "")
-    if not trust and "." in network and network.partition("/")[0] not in LIBRARIES:
-        raise ValueError(
-            f"{file} names code to import, {network!r}; where you trust whoever made it, allow that with --trust "
-            "(trust=True)."
-        )
-    lit = LitClassifier(**given)
+    if trust:
+        known = set(inspect.signature(LitClassifier).parameters) - {"penalties", "metrics", "weights", "pretrained"}
+        given = {key: value for key, value in content.get("hyper_parameters", {}).items() if key in known}
+    else:
+        given = classifier_settings(content, Source(file))
     try:
-        lit.load_state_dict(content["state_dict"], strict=False)
+        lit = LitClassifier(**given)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{file} does not describe a network: {' '.join(str(error).split())[:300]}") from error
+    weights = weights_of(content, file)
+    try:
+        lit.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit its own hyperparameters: {error}") from error
-    missing = set(lit.network.state_dict()) - {k.removeprefix("network.") for k in content["state_dict"]}
+    missing = set(lit.network.state_dict()) - {key.removeprefix("network.") for key in weights}
     if missing:
         raise ValueError(f"{file} does not fit its own hyperparameters: it lacks {', '.join(sorted(missing)[:3])}.")
     return lit.eval()
+
+
+def device_of(name: str) -> torch.device:
+    """A device by name; "auto" is CUDA where there is one, and else the CPU.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 def import_class(path: str) -> Any:
@@ -157,11 +181,18 @@ def import_class(path: str) -> Any:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
 
 
-def _users_module(path: str, file: Path, trust: bool) -> nn.Module:
+def _users_module(path: str, content: Any, file: Path, trust: bool) -> nn.Module:
     cls = import_class(path)
-    if not hasattr(cls, "load_from_checkpoint"):
+    if not (isinstance(cls, type) and hasattr(cls, "load_from_checkpoint")):
         raise ValueError(f"`model` must name a LightningModule, got {path}, which is none.")
-    options = {}
+    options: dict[str, Any] = {}
+    if not trust:
+        source = Source(file, named="a class that builds it by itself")
+        if issubclass(cls, LitClassifier):
+            classifier_settings(content, source, further=cls is not LitClassifier)
+        else:
+            users_settings(content, source)
+        check_class_path(content, cls, source)
     if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:
         options["weights_only"] = not trust
     try:
@@ -171,15 +202,16 @@ def _users_module(path: str, file: Path, trust: bool) -> nn.Module:
         raise ValueError(f"{file} is no checkpoint of {path}: {reason}") from error
 
 
-def _class_of(content: Any) -> str | None:
+def class_of(content: Any) -> str | None:
     """Import path of the LightningModule that wrote a checkpoint, "" if it does not say, None for anything else."""
     if not isinstance(content, Mapping) or "state_dict" not in content:
         return None
-    if MARK in content:
-        return str(content[MARK]["class"])
+    mark, settings = content.get(MARK), content.get("hyper_parameters")
+    if isinstance(mark, Mapping):
+        return str(mark.get("class", ""))
     if "pytorch-lightning_version" not in content:
         return None
-    return class_path_of(content.get("hyper_parameters", {}))
+    return class_path_of(settings) if isinstance(settings, Mapping) else ""
 
 
 def _loaded(network: nn.Module, name: str, file: Path | None, normalize: Any) -> LoadedClassifier:

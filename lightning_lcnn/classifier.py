@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import Self
 
 from lightning_lcnn.__about__ import __version__
 from lightning_lcnn._checks import check_non_negative, check_positive
-from lightning_lcnn._files import read_checkpoint, weights_of
+from lightning_lcnn._files import check_finite, read_checkpoint, weights_of
 from lightning_lcnn.functional import recompute_activations
 from lightning_lcnn.layers import lcnn_parameter_groups
 from lightning_lcnn.metrics import MeasuringMetric
 from lightning_lcnn.mixin import LCNNMixin
 from lightning_lcnn.models.by_name import build_network
+from lightning_lcnn.models.from_file import Source, check_class_path, classifier_settings
 from lightning_lcnn.models.normalize import Normalize
 from lightning_lcnn.penalties import CurvaturePenalty, Penalty
 
@@ -107,7 +112,7 @@ class LitClassifier(LCNNMixin, LightningModule):
             gamma=gamma,
             max_pool=max_pool,
             pretrained=pretrained,
-            weights=None if weights is None else weights_of(read_checkpoint(Path(weights)), Path(weights)),
+            weights=None if weights is None else _weights(Path(weights)),
             arguments=network_args,
         )
         # a checkpoint of this module carries the weights itself
@@ -159,6 +164,56 @@ class LitClassifier(LCNNMixin, LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As Lightning's, after a check that the file asks for nothing but what this class writes.
+
+        Args:
+            checkpoint_path: Path, URL or open file.
+            map_location: Where the tensors go.
+            hparams_file: YAML or CSV with hyperparameters in place of the checkpoint's.
+            strict: Whether the names of all weights must agree.
+            weights_only: False to trust the file: pickled objects, and whatever it names, run code.
+            kwargs: Hyperparameters in place of the file's. A network of your own, ``"my_module.make_net"``, is built if
+                you name it here, with its ``network_args``.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: If the file asks for more, or a weight holds NaN.
+
+        Source:
+            Ours.
+        """
+        if weights_only is not False:
+            weights_only = True
+            checkpoint_path, content = _opened(checkpoint_path)
+            if hparams_file is not None:
+                read = load_hparams_from_tags_csv if str(hparams_file).endswith(".csv") else load_hparams_from_yaml
+                content = {**content, "hyper_parameters": dict(read(hparams_file))}
+            described = {key: kwargs[key] for key in ("network", "network_args") if key in kwargs}
+            if isinstance(content.get("hyper_parameters"), dict):
+                content["hyper_parameters"] = content["hyper_parameters"] | described
+            source = Source(hparams_file or checkpoint_path, "weights_only=False", "network=... and network_args=...")
+            classifier_settings(content, source, kwargs, further=cls is not LitClassifier)
+            check_class_path(content, cls, source)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **kwargs
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that hold NaN."""
+        check_finite(checkpoint, "the checkpoint")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Mark the checkpoint, so that the command line knows what it holds."""
         cls = type(self)
@@ -178,3 +233,26 @@ class LitClassifier(LCNNMixin, LightningModule):
         for name, metric in measures.items():
             metric.update(self, images, labels)
             self.log(f"{stage}_{name}", metric)
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    content = read_checkpoint(file, way="`lightning-lcnn convert FILE --trust --output NEW`, and start from NEW")
+    return weights_of(content, file)
+
+
+def _opened(source: Any) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint as Lightning takes it, and what it holds; a URL is read once: what is checked is what is loaded."""
+    if isinstance(source, str | Path) and "://" not in str(source):
+        content = read_checkpoint(Path(source), way="weights_only=False")
+    else:
+        if isinstance(source, str):
+            fsspec = importlib.import_module("fsspec")  # comes with Lightning
+            with fsspec.open(source, "rb") as file:
+                source = io.BytesIO(file.read())
+        start = source.tell()
+        content = torch.load(source, map_location="cpu", weights_only=True)
+        source.seek(start)
+        check_finite(content, "the checkpoint")
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{source} is no checkpoint of Lightning: it has no `state_dict`.")
+    return source, dict(content)

@@ -176,7 +176,7 @@ def test_normalisation_is_part_of_the_bound():
     slope = network_bound(model, torch.zeros(1, 3, 2, 2)).slope
     norm = torch.linalg.matrix_norm(linear.weight, 2).item()
     assert slope == pytest.approx(4 * norm, rel=1e-5)
-    with pytest.raises(ValueError, match="`std` must hold finite numbers > 0"):
+    with pytest.raises(ValueError, match="`std` must be a finite number > 0"):
         Normalize(0.0, 0.0)
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._files import read_json
 from lightning_lcnn.checkpoints import load_classifier
 from lightning_lcnn.evaluation import SCHEMA, evaluate
 from lightning_lcnn.plots.grouping import Record
@@ -41,10 +43,11 @@ def read_runs(
     labels: Tensor | None,
     networks: Mapping[Path, nn.Module],
     trust: bool,
+    device: torch.device,
 ) -> list[Run]:
     """Every run of the sources; a folder without a record stands for the run folders in it."""
     runs = [
-        _read(path, images, labels, networks.get(path) or networks.get(source), trust)
+        _read(path, images, labels, networks.get(path) or networks.get(source), trust, device)
         for source in sources
         for path in _expanded(source)
     ]
@@ -61,7 +64,14 @@ def _expanded(source: Path) -> list[Path]:
     return sorted(inside, key=lambda path: "standard" not in path.parts) or [source]
 
 
-def _read(path: Path, images: Tensor | None, labels: Tensor | None, network: nn.Module | None, trust: bool) -> Run:
+def _read(
+    path: Path,
+    images: Tensor | None,
+    labels: Tensor | None,
+    network: nn.Module | None,
+    trust: bool,
+    device: torch.device,
+) -> Run:
     is_record = path.suffix == ".json"
     folder = path if path.is_dir() else path.parent if path.name == RECORD else None
     file = path if is_record else path / RECORD
@@ -69,7 +79,7 @@ def _read(path: Path, images: Tensor | None, labels: Tensor | None, network: nn.
     notes: tuple[str, ...] = ()
     if network is None and (images is not None or record is None) and (folder is not None or not is_record):
         try:
-            network = load_classifier(path if folder is None else folder, trust=trust).module
+            network = load_classifier(path if folder is None else folder, trust=trust).module.to(device)
         except (OSError, ValueError, ImportError) as error:
             if record is None and isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"{path} holds no {RECORD}, and nothing to measure: {error}") from error
@@ -102,7 +112,7 @@ def _name_of(path: Path) -> str:
 
 def read_record(path: Path) -> dict[str, Any]:
     """An evaluation record, checked as far as the page needs it."""
-    record = _json(path)
+    record = read_json(path)
     if not isinstance(record, dict) or "schema" not in record:
         raise ValueError(f"{path} is no evaluation record: expected a JSON object with a `schema`.")
     if record["schema"] != SCHEMA:
@@ -143,7 +153,7 @@ def _settings(path: Path) -> dict[str, str]:
     """run.json as a flat table of text."""
     if not path.is_file():
         return {}
-    content = _json(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     inner = content.pop("settings", {})
@@ -166,13 +176,6 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _text(value: Any, longest: int = 200) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON or of its encoding
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
 
 
 def _float(cell: Any) -> float:

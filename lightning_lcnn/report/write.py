@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.__about__ import __version__
 from lightning_lcnn._files import check_writable, written_whole
+from lightning_lcnn.checkpoints import device_of
 from lightning_lcnn.plots.grouping import Method, group_by_name
 from lightning_lcnn.report.markup import Html, join, tag
 from lightning_lcnn.report.measures import all_numbers, largest_common_radius, summary
@@ -85,6 +86,7 @@ def write_report(
     title: str | None = None,
     networks: Mapping[str | Path, nn.Module] | None = None,
     trust: bool = False,
+    device: str = "auto",
 ) -> Path:
     """Compare any number of trained networks on one self-contained HTML page.
 
@@ -103,6 +105,7 @@ def write_report(
         networks: Networks by source, in evaluation mode, in place of those that the run folders hold.
         trust: Whether to load pickled networks, which runs code from the file. Checkpoints of `LitClassifier` load
             without.
+        device: For networks that are loaded: "auto" is CUDA where there is one, and else the CPU.
 
     Returns:
         ``output`` as a path.
@@ -127,7 +130,7 @@ def write_report(
     output = Path(output)
     _check(sources, output, images, labels)
     given = {Path(source): network for source, network in (networks or {}).items()}
-    runs = read_runs([Path(source) for source in sources], images, labels, given, trust)
+    runs = read_runs([Path(source) for source in sources], images, labels, given, trust, device_of(device))
     methods = group_by_name([run.record for run in runs])
     content = [(heading, part) for heading, part in _sections(methods, runs, images, labels) if part]
     text = page(title or "Curvature report", _subtitle(methods, runs), content)
