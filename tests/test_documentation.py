@@ -22,7 +22,7 @@ COMMAND = re.compile(r"python (examples/\w+\.py)((?: +[^\s`|;)]+| *\\\n)*)")
 SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"^lightning-lcnn ([\w-]+)((?:[^\n\\]|\\\n)*)", re.MULTILINE)
 EXTRAS = re.compile(r"""pip install (?:-e )?["']?\.\[([\w,]+)\]""")
-CONFIG = re.compile(r"examples/configs/\w+\.yaml")
+CONFIG = re.compile(r"--config (\w+)(?= |$)", re.MULTILINE)
 TOCTREE = re.compile(r"^```{toctree}\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OBJECT = re.compile(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$", re.MULTILINE)
 
@@ -73,10 +73,11 @@ def test_commands_name_files_and_options_that_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if OURS.search("".join(SHELL.findall(p.read_text())))], ids=name)
 def test_the_command_line_knows_its_options(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_lcnn.cli.main import COMMANDS, main
+    from lightning_lcnn.cli import main
+    from lightning_lcnn.cli.arguments import COMMANDS, presets
 
-    for config in CONFIG.findall(page.read_text()):
-        assert (ROOT / config).exists(), f"{page.name} names {config}"
+    for config in CONFIG.findall("\n".join(SHELL.findall(page.read_text()))):
+        assert config in presets(), f"{page.name} names the preset {config}"
     for command, arguments in OURS.findall("\n".join(SHELL.findall(page.read_text()))):
         assert command in COMMANDS, f"{page.name}: no command {command}"
         if COMMANDS[command][0] == "training":

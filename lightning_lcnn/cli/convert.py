@@ -14,25 +14,14 @@ from torch import nn
 from lightning_lcnn._files import check_writable, written_whole
 from lightning_lcnn.checkpoints import IMAGENET, network_file
 from lightning_lcnn.classifier import LitClassifier
-from lightning_lcnn.cli.options import add_network_options, load, make_parser, network_options
+from lightning_lcnn.cli.options import load, network_options
 from lightning_lcnn.conversion import ConversionReport, to_low_curvature
 from lightning_lcnn.layers.upkeep import log_betas
 from lightning_lcnn.models.by_name import LIBRARIES
 
-DESCRIPTION = """Turn a trained network into its low-curvature form, with its weights; then fine-tune it.
 
-  lightning-lcnn convert outputs/standard --output converted.ckpt
-  lightning-lcnn convert torchvision/resnet18 --num_classes 10 --output converted.ckpt
-  lightning-lcnn convert weights.pt --network resnet18 --network_args '{"width": 16}' --output converted.ckpt
-  lightning-lcnn convert lit.ckpt --model my_module.LitNet --output converted.pt
-
-Writes a checkpoint of LitClassifier (for evaluate, and for fit --model.weights), or, for a LightningModule or a pickled
-module of yours, the converted module by torch.save."""
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Load, convert, write, print the report."""
-    options = _parser(command).parse_args(list(arguments))
     output = Path(options.output)
     if output.exists() and output.resolve() == Path(options.source).resolve():
         raise ValueError(f"--output {output} is SOURCE itself; choose another file.")
@@ -102,16 +91,3 @@ def _convert(
         max_pool=options.max_pool,
         return_report=True,
     )
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = make_parser(command, DESCRIPTION)
-    parser.add_argument("source", help="run folder, checkpoint, or torchvision/NAME or timm/NAME", metavar="SOURCE")
-    parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--beta", type=float, default=10.0, help="start of every β (10)")
-    parser.add_argument("--gamma", type=float, help="start of every γ (10, or the layer's own slope if larger)")
-    parser.add_argument(
-        "--max_pool", choices=["smooth", "average", "keep"], default="smooth", help="what max pooling becomes (smooth)"
-    )
-    add_network_options(parser)
-    return parser

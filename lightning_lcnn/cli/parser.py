@@ -14,22 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.cli.options import SOURCES
 
-EXAMPLES = {
-    "fit": """Train a network. Everything can be in a YAML file (--config), on the command line, or both.
-
-  lightning-lcnn fit --config examples/configs/digits.yaml --output outputs/digits
-  lightning-lcnn fit --model LitClassifier --model.low_curvature true --data ImageFolder --data.folder DIR
-  lightning-lcnn fit --model my_module.LitNet --data TorchvisionData --data.dataset CIFAR10
-  lightning-lcnn fit --config outputs/digits/config.yaml --output outputs/digits --ckpt_path last   (go on)
-
-Options of a class: --model.help LitClassifier, --data.help ImageFolder. All of a run: --print_config.""",
-    "validate": """Loss, accuracy and metrics on the validation images.
-
-  lightning-lcnn validate --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
-    "test": """Loss, accuracy and metrics on the test images.
-
-  lightning-lcnn test --config outputs/digits/config.yaml --ckpt_path outputs/digits/checkpoints/last.ckpt""",
-}
 _BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
 
 

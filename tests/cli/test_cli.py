@@ -17,14 +17,14 @@ from torch import nn
 
 from lightning_lcnn.classifier import LitClassifier
 from lightning_lcnn.cli import main
+from lightning_lcnn.cli.arguments import presets
 from lightning_lcnn.data import Digits
 from lightning_lcnn.functional import normalized_curvature
 from lightning_lcnn.layers.upkeep import log_betas
 from tests import ROOT
 
-CONFIGS = ROOT / "examples" / "configs"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-SMALL = ["--config", str(CONFIGS / "digits.yaml"), "--model.network_args.width=2", "--data.limit_train=128", *QUIET]
+SMALL = ["--config", "digits", "--model.network_args.width=2", "--data.limit_train=128", *QUIET]
 SMALL += ["--trainer.log_every_n_steps=1"]
 FEW = ["--examples", "8", "--attack_examples", "20", "--attack_radii", "0.1,0.3", "--stability_radii", "0.1"]
 
@@ -113,7 +113,7 @@ def test_entry_point_and_module():
     assert done.returncode == 2
     assert "no command 'fitt'; there are fit, validate, test" in done.stderr
     assert "Traceback" not in done.stderr
-    project = (CONFIGS.parent.parent / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     assert 'lightning-lcnn = "lightning_lcnn.cli:main"' in project
 
 
@@ -148,8 +148,10 @@ def test_run_folder(runs):
 
 def test_interrupted_fit_goes_on(folder, users_module, capsys):
     fit = ["fit", *SMALL, "--output=run", "--trainer.max_epochs=2"]
-    line = fails(capsys, [*fit, "--trainer.callbacks=my_module.Interrupt"])
-    assert line == "lightning-lcnn fit: error: RuntimeError: power cut"
+    assert main([*fit, "--trainer.callbacks=my_module.Interrupt"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.rstrip().endswith("RuntimeError: power cut")
+    assert 'raise RuntimeError("power cut")' in shown  # the user's line
     before = rows(folder / "run")
     assert not (folder / "run/run.json").exists()
     assert "run holds a run already: continue it with --ckpt_path last" in fails(capsys, fit)
@@ -329,7 +331,7 @@ def test_nothing_in_a_checkpoint_runs_without_trust(folder, capsys):
     for command in (["evaluate", "bad.ckpt"], ["convert", "bad.ckpt", "--output=x.ckpt"]):
         assert "Loading it runs code from the file" in fails(capsys, command)
     fit = ["fit", *SMALL, "--output=run"]
-    assert "with --trust" in fails(capsys, [*fit, "--model.weights=bad.ckpt"])
+    assert "lightning-lcnn convert FILE --trust" in fails(capsys, [*fit, "--model.weights=bad.ckpt"])
     assert "--weights_only false" in fails(capsys, [*fit, "--ckpt_path=bad.ckpt"])
     assert not (folder / "sprung").exists()
     assert not (folder / "x.ckpt").exists()
@@ -453,13 +455,13 @@ def test_debug_shows_the_traceback(folder, monkeypatch):
         main(["evaluate", "nowhere.ckpt"])
 
 
-@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("preset", presets())
 def test_presets_run(preset, folder, runs, monkeypatch):
     """One batch of every preset, on a network of width 2 and a few generated images."""
     from PIL import Image
 
     options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *QUIET, "--model.network_args.width=2"]
-    if preset.stem == "torchvision_data":
+    if preset == "torchvision_data":
         import torchvision
 
         class Few(torchvision.datasets.FakeData):
@@ -467,16 +469,16 @@ def test_presets_run(preset, folder, runs, monkeypatch):
                 super().__init__(20, (1, 28, 28))
 
         monkeypatch.setattr(torchvision.datasets, "FashionMNIST", Few)
-    elif preset.stem != "digits":
+    elif preset != "digits":
         for split in ("train", "test"):
             for name in ("cats", "dogs"):
                 (folder / split / name).mkdir(parents=True)
                 for i in range(5):
                     Image.new("RGB", (32, 32), (40 * i, 100, 20)).save(folder / split / name / f"{i}.png")
         options += ["--data.folder=."]
-    if preset.stem == "fine_tuning":
+    if preset == "fine_tuning":
         lit = LitClassifier(num_classes=2, network_args={"width": 2})
         torch.save(lit.state_dict(), "weights.pt")
         options += ["--model.weights=weights.pt"]
-    assert main(["fit", "--config", str(preset), *options]) == 0
+    assert main(["fit", "--config", preset, *options]) == 0
     assert not (folder / "outputs/run").exists()
