@@ -175,9 +175,13 @@ def set_layer_sync(strategy: Any, plugin: Any) -> None:
     strategy._layer_sync = plugin
 
 
+# Keys under which LightningCLI saves the class of a module, and what builds the modules among its arguments.
+CLASS_PATH, INSTANTIATOR = "_class_path", "_instantiator"
+
+
 def class_path_of(hyper_parameters: Mapping[str, Any]) -> str:
     """Import path of the class whose arguments LightningCLI has saved, "" where it saved none; a key of its own."""
-    return str(hyper_parameters.get("_class_path", ""))
+    return str(hyper_parameters.get(CLASS_PATH, ""))
 
 
 # torchmetrics: a metric that keeps its precision and survives errors has to reach below ``add_state``

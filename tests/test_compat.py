@@ -442,9 +442,13 @@ def test_overridden_hooks_of_lightning_cli_are_called(monkeypatch: pytest.Monkey
             called.append("_prepare_subcommand_kwargs")
             return super()._prepare_subcommand_kwargs(subcommand)
 
+        def _run_subcommand(self, subcommand: str) -> None:
+            called.append("_run_subcommand")
+            super()._run_subcommand(subcommand)
+
     from lightning.pytorch.demos.boring_classes import BoringModel
 
     quiet = ["logger=false", "enable_checkpointing=false", "enable_progress_bar=false", "accelerator=cpu", "devices=1"]
     arguments = ["validate", *(f"--trainer.{option}" for option in quiet)]
     CLI(BoringModel, args=arguments, save_config_callback=None, seed_everything_default=False)
-    assert called == ["_parse_ckpt_path", "_prepare_subcommand_kwargs"]
+    assert called == ["_parse_ckpt_path", "_run_subcommand", "_prepare_subcommand_kwargs"]

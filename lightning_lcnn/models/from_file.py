@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lcnn._compat import CLASS_PATH, INSTANTIATOR
 from lightning_lcnn.models.by_name import LIBRARIES, OWN
 
 # Arguments of networks of the libraries that a file may give: sizes, rates and switches, which neither read nor fetch
@@ -113,7 +114,7 @@ def users_settings(
 
 def check_class_path(content: Mapping[str, Any], cls: type, source: Source) -> None:
     """Raise unless the class that a checkpoint asks Lightning to build is ``cls`` or an imported subclass of it."""
-    path = content.get("hyper_parameters", {}).get("_class_path")
+    path = content.get("hyper_parameters", {}).get(CLASS_PATH)
     found = imported(path)
     if path is not None and not (isinstance(found, type) and issubclass(found, cls)):
         raise source.refusal(f"asks for the class {path!r:.80} and not {cls.__qualname__}")
@@ -154,8 +155,8 @@ def _settings(content: Mapping[str, Any], source: Source) -> dict[str, Any]:
         if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
             raise source.refusal(f"has no table of names and values in {key!r}")
         found |= part
-    found.pop("_class_path", None)
-    if found.pop("_instantiator", INSTANTIATORS[0]) not in INSTANTIATORS:
+    found.pop(CLASS_PATH, None)
+    if found.pop(INSTANTIATOR, INSTANTIATORS[0]) not in INSTANTIATORS:
         raise source.refusal("names its own function to build the module with")
     return found
 

@@ -229,10 +229,11 @@ def test_one_default_of_each_kind():
     from lightning_lcnn.report import write_report
 
     options = parser_of("convert").parse_args(["a", "--output=b"])
-    functions = (to_low_curvature, build_network, LitClassifier)
     for name, value in (("max_pool", "smooth"), ("beta", 10.0), ("gamma", None)):
-        assert {signature(function).parameters[name].default for function in functions} == {value}
+        assert {signature(function).parameters[name].default for function in (build_network, LitClassifier)} == {value}
         assert getattr(options, name) == value
+    assert signature(to_low_curvature).parameters["beta"].default == 10.0
+    assert signature(to_low_curvature).parameters["gamma"].default is None
     assert {signature(network).parameters["beta"].default for network in (resnet18, resnet34, vgg11)} == {10.0}
     devices = {parser_of(command).parse_args(["a"]).device for command in ("evaluate", "report")}
     assert devices | {signature(write_report).parameters["device"].default} == {"auto"}
