@@ -79,6 +79,13 @@ class LipschitzBatchNorm(BatchNorm):
             )
         return super().named_children()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over how 0.1 kept in a pickle that the layer synchronises."""
+        child = state.pop("_sync", None)
+        super().__setstate__(state)
+        if isinstance(child, nn.SyncBatchNorm):
+            self.synchronized, self.process_group = True, child.process_group
+
     def reset_parameters(self) -> None:
         """Reset as torch does, and γ to its start value."""
         super().reset_parameters()

@@ -374,3 +374,13 @@ def test_synchronised_over_two_processes_equals_the_whole_batch(tmp_path, free_p
         assert torch.equal(part[4], part[1])  # computed again in backward
         torch.testing.assert_close(part[2], layer.running_var)
         assert set(part[3]) == set(layer.state_dict())
+
+
+def test_a_pickle_of_0_1_keeps_its_synchronisation() -> None:
+    """It held a stateless batch norm outside the tree of modules, which torch's converter had replaced."""
+    layer = LipschitzBatchNorm2d(3)
+    state = copy.deepcopy(layer).__dict__ | {"_sync": nn.SyncBatchNorm(3, affine=False)}
+    layer.__setstate__(state)
+    assert layer.synchronized
+    assert list(layer.children()) == []
+    assert "_sync" not in vars(layer)
