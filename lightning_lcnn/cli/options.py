@@ -43,7 +43,7 @@ def load(options: argparse.Namespace) -> LoadedClassifier:
 def open_data(name: str | None, size: int, root: str, cache: str, run: Path) -> ImageData:
     """Data by name or folder, or those of a run folder's ``config.yaml``."""
     if name is None:
-        return _data_of_run(run)
+        return _data_of_run(run, cache)
     if name.lower() == "digits":
         return Digits()
     for known in TORCHVISION:
@@ -56,7 +56,8 @@ def open_data(name: str | None, size: int, root: str, cache: str, run: Path) -> 
     raise ValueError(f"`data` {name!r} is neither a folder nor digits nor one of {', '.join(TORCHVISION)}.{hint}")
 
 
-def _data_of_run(run: Path) -> ImageData:
+def _data_of_run(run: Path, cache: str) -> ImageData:
+    """What the configuration names; it is read where it is, and nothing is written where a file says."""
     import yaml  # comes with lightning
 
     config = run / "config.yaml"
@@ -71,8 +72,8 @@ def _data_of_run(run: Path) -> ImageData:
     place, _, name = str(described.get("class_path", "")).rpartition(".")
     if name not in SOURCES or place not in ("lightning_lcnn.data", "lightning_lcnn.data.sources"):
         raise ValueError(f"say on which images with --data: {config} names {described.get('class_path')}.")
-    arguments = described.get("init_args") or {}
+    kept_here: dict[str, dict[str, Any]] = {"ImageFolder": {"cache": cache}, "TorchvisionData": {"download": False}}
     try:
-        return SOURCES[name](**arguments)
+        return SOURCES[name](**{**(described.get("init_args") or {}), **kept_here.get(name, {})})
     except TypeError as error:
         raise ValueError(f"{config} does not describe {name}: {error}.") from error

@@ -293,6 +293,43 @@ def test_files_of_a_run_folder(folder, capsys):
     assert "run/evaluation.json is no valid JSON" in one_line(capsys, ["report", "run", "--output=x.html"])
 
 
+def test_a_run_folder_does_not_say_where_to_write(folder, capsys):
+    from PIL import Image
+
+    Path("run/checkpoints").mkdir(parents=True)
+    torch.save(plain_checkpoint(image_shape=(3, 8, 8)), "run/checkpoints/last.ckpt")
+    data = {"class_path": "lightning_lcnn.data.TorchvisionData", "init_args": {"dataset": "MNIST", "root": "elsewhere"}}
+    Path("run/config.yaml").write_text(json.dumps({"data": data}))
+    content = plain_checkpoint()
+    torch.save(content, "run/checkpoints/last.ckpt")
+    assert "Dataset not found" in one_line(capsys, ["evaluate", "run"])
+    Path("images/train/cats").mkdir(parents=True)
+    Path("images/test/cats").mkdir(parents=True)
+    for split in ("train", "test"):
+        Image.new("RGB", (8, 8)).save(f"images/{split}/cats/0.png")
+    data = {"class_path": "lightning_lcnn.data.ImageFolder", "init_args": {"folder": "images", "cache": "elsewhere"}}
+    Path("run/config.yaml").write_text(json.dumps({"data": data}))
+    main(["evaluate", "run", "--cache=mine"])  # ends with an error: the network takes one channel
+    assert len(list(Path("mine").iterdir())) == 1
+    assert not Path("elsewhere").exists()
+
+
+def test_a_file_of_hyperparameters_beside_the_checkpoint(folder):
+    torch.save(plain_checkpoint(), "net.ckpt")
+    Path("good.yaml").write_text(
+        "network: resnet18\nnum_classes: 10\nimage_shape: [1, 8, 8]\nnetwork_args: {width: 2}\n"
+    )
+    Path("bad.yaml").write_text("network: os.system\nnetwork_args: {command: touch sprung}\n")
+    assert LitClassifier.load_from_checkpoint("net.ckpt", hparams_file="good.yaml").hparams.num_classes == 10
+    with pytest.raises(ValueError, match=r"bad\.yaml names code to import"):
+        LitClassifier.load_from_checkpoint("net.ckpt", hparams_file="bad.yaml")
+    url = Path("net.ckpt").resolve().as_uri()
+    assert LitClassifier.load_from_checkpoint(url).hparams.network == "resnet18"
+    torch.save({"a": torch.ones(1)}, "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt is no checkpoint of Lightning"):
+        LitClassifier.load_from_checkpoint("weights.pt")
+
+
 def test_tags_in_a_configuration_of_fit(folder, capsys):
     for content in ("model: !!python/object/apply:os.system ['touch sprung']", "model: {class_path: [", "a: \x00"):
         Path("bad.yaml").write_text(content)
