@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -119,11 +120,22 @@ def conv_weight_gradient(y: Tensor, x: Tensor, weight_shape: Sequence[int], geom
 
 def conv_operator(weight: Tensor, input_size: Sequence[int], geometry: ConvGeometry) -> LinearOperator:
     """The convolution by ``weight`` on unbatched inputs (C_in, *input_size)."""
+    copies = _copies(weight, geometry.output_size(input_size))
     return LinearOperator(
         apply=lambda v: conv_apply(weight, v[None], geometry)[0],
-        adjoint=lambda u: conv_adjoint(weight, u[None], input_size, geometry)[0],
+        adjoint=lambda u: conv_adjoint(weight, u.expand(copies, *u.shape), input_size, geometry)[0],
         weight_gradient=lambda u, v: conv_weight_gradient(u[None], v[None], weight.shape, geometry),
     )
+
+
+def _copies(weight: Tensor, output_size: Sequence[int]) -> int:
+    """Two images on the CPU where the output is one pixel, so that its adjoint is the same to the last bit at every run.
+
+    Torch leaves a single small image to a matrix product of MKL (``use_mkldnn`` in its Convolution.cpp), which for one
+    column splits the sum between threads and adds in the order in which they finish: with 512 channels it differed
+    between runs on Intel's code path, and with it seeded fits and resumes. Two images go to oneDNN.
+    """
+    return 2 if weight.device.type == "cpu" and math.prod(output_size) == 1 else 1
 
 
 def matrix_operator(weight: Tensor) -> LinearOperator:
