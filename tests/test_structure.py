@@ -198,6 +198,11 @@ def private_names_defined_in(tree: ast.Module) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
+@functools.cache
+def private_names_of_package() -> frozenset[str]:
+    return frozenset().union(*(private_names_defined_in(parsed(p)) for p in FILES))
+
+
 def is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
@@ -220,7 +225,7 @@ def test_private_names_of_other_packages_are_read_in_compat_alone(path: Path) ->
     if path == PACKAGE / "_compat.py":
         return
     tree, others = parsed(path), private_names_of_others() - ALLOWED
-    of_package = set().union(*(private_names_defined_in(parsed(p)) for p in FILES))
+    of_package = private_names_of_package()
     of_file = private_names_defined_in(tree)
     found = [ast.unparse(node) for node in ast.walk(tree) if is_private_import(node)]
     for node in ast.walk(tree):

@@ -129,7 +129,7 @@ def conv_operator(weight: Tensor, input_size: Sequence[int], geometry: ConvGeome
 
 
 def _copies(weight: Tensor, output_size: Sequence[int]) -> int:
-    """Two images on the CPU where the output is one pixel, so that its adjoint is the same to the last bit at every run.
+    """Two images on the CPU where the output is one pixel, for an adjoint that is equal to the last bit at every run.
 
     Torch leaves a single small image to a matrix product of MKL (``use_mkldnn`` in its Convolution.cpp), which for one
     column splits the sum between threads and adds in the order in which they finish: with 512 channels it differed

@@ -48,12 +48,13 @@ class Unused(Gradients):
 def scenario(name: str) -> None:
     """Fit and save under this name."""
     kind, _, unused = name.partition("-")
+    worker.STRATEGY = "ddp_find_unused_parameters_true" if unused else "ddp"
     module: Any = Unused(kind) if unused else Gradients(kind)
     run(module, name, [PowerIteration(every_n_steps=2)], use_distributed_sampler=False)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker.STRATEGY, worker.OUT = sys.argv[1], Path(sys.argv[2])
-    for name in sys.argv[3:]:
+    worker.OUT = Path(sys.argv[1])
+    for name in sys.argv[2:]:
         scenario(name)

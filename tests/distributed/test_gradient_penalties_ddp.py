@@ -18,19 +18,15 @@ from tests.lightning_helpers import FILTERS, trainer
 pytestmark = FILTERS
 
 
-def run_worker(folder: Path, strategy: str, *scenarios: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "tests" / "distributed" / "gradient_worker.py")
-    command = [sys.executable, "-W", "ignore", script, strategy, str(folder), *scenarios]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes have saved; one launch for all, for its imports take longer than the steps."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_worker(folder, "ddp", *PENALTIES)
-    run_worker(folder, "ddp_find_unused_parameters_true", "exact-unused")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests" / "distributed" / "gradient_worker.py")
+    command = [sys.executable, "-W", "ignore", script, str(folder), *PENALTIES, "exact-unused"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 

@@ -164,7 +164,7 @@ def test_attacks_without_a_radius_count_within_it(model, batch):
     assert (curve.diff() <= 0).all()
     assert curve[-1] < curve[0]
     # torchattacks by itself, once: robust is who was right before, and is right after or was moved further than allowed
-    adversarial = torchattacks.DeepFool(model, steps=10)(x, y).detach()
+    adversarial = torchattacks.DeepFool(copy.deepcopy(model), steps=10)(x, y).detach()
     distance = torch.linalg.vector_norm((adversarial - x).flatten(1), dim=1)
     best = model(adversarial).topk(2)
     fooled, right = best.indices[:, 0] != y, model(x).argmax(1) == y
