@@ -180,7 +180,7 @@ def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
 def _curvature_as_vector(forward: Forward, source: int, bend: Tensor) -> Tensor:
     """Bound on ‖s'' ⊙ (Ju) ⊙ (Ju)‖₂ over unit u, shape (1,): of Σ_k (b_k r_k)² t_k, where t = (Ju)² as in knapsack."""
     rows = forward.rows[source]
-    return knapsack((bend * rows).square().view(1, -1), rows.flatten(), forward.slopes[source]).sqrt()
+    return knapsack((bend * rows).square().reshape(1, -1), rows.flatten(), forward.slopes[source]).sqrt()
 
 
 def _pool_curvature(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lcnn.bounds.measured import MeasuredNetwork
+from lightning_lcnn.bounds.rules.contractions import Contraction
 from lightning_lcnn.bounds.rules.pieces import (
     Activation,
     Average,
@@ -170,6 +171,8 @@ def _function(piece: Piece, input_shape: Shape, output_shape: Shape) -> Function
     if isinstance(piece, Scale):
         factor = torch.as_tensor(piece.factor()).detach().cpu().double()
         return lambda x, transform: (x * transform(factor)).expand(len(x), *output_shape[1:])
+    if isinstance(piece, Contraction):
+        return piece.linear_function(output_shape)
     if isinstance(piece, Average):
         return _average_function(piece, input_shape, output_shape)
     if isinstance(piece, Rearrange):  # coefficients in [0, 1], so they stand for their squares

@@ -1,62 +1,21 @@
-"""A traced network at known shapes, with the certified bound of every step."""
+"""A recorded network, with the certified bound of every step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from lightning_lcnn._compat import uncompiled
+from lightning_lcnn._compat import hook_tables, uncompiled
+from lightning_lcnn.bounds.recorded_steps import RecordedStep, build_recorded_steps
 from lightning_lcnn.bounds.rules.modules import is_known
-from lightning_lcnn.bounds.rules.pieces import Diagonal, LayerBound, Scale, Shape, Sum, Weight
-from lightning_lcnn.bounds.steps import Step, build_steps
+from lightning_lcnn.bounds.rules.pieces import Diagonal, LayerBound, Shape, Weight
+from lightning_lcnn.bounds.steps import Step
 from lightning_lcnn.kernels.modes import unsharded
-from lightning_lcnn.recording.tracing import record, run_graph
-
-
-def _record_shapes(model: nn.Module, graph: fx.Graph, steps: Sequence[Step], example_input: Tensor) -> list[Shape]:
-    """Output shape of every step for one example, with a batch dimension of 1.
-
-    The graph runs on two examples, which shows whether a step mixes or drops the batch, and its output is compared
-    with that of the model, which shows whether the graph is the model.
-
-    Raises:
-        ValueError: when the example does not fit, when examples are coupled, or when graph and model differ.
-    """
-    batch = example_input[:2] if len(example_input) > 1 else torch.cat([example_input, example_input])
-    try:
-        with torch.no_grad():
-            expected = model(batch.clone())
-            result, shapes = run_graph(model, graph, batch.clone())
-    except Exception as error:
-        raise ValueError(
-            f"`example_input` of shape {tuple(example_input.shape)} does not fit `model`: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    if not torch.allclose(result, expected, rtol=1e-3, atol=1e-5 * scale, equal_nan=True):
-        raise ValueError(
-            "`model` does something that its recorded graph does not: the outputs differ at `example_input`. Likely "
-            "causes: random numbers in evaluation mode, an in-place change through another name, a forward hook that "
-            "changes values."
-        )
-    return [_example_shape(step, shapes.get(step.node)) for step in steps]
-
-
-def _example_shape(step: Step, shape: Shape | None) -> Shape:
-    if shape is None:
-        raise ValueError(
-            f"`model` has no bound at '{step.name}' ({step.kind}): its output is no floating-point tensor."
-        )
-    if len(shape) == 0 or shape[0] != 2:
-        raise ValueError(
-            f"`model` couples the examples of a batch at '{step.name}' ({step.kind}): for two examples its output has "
-            f"shape {shape}, whose first dimension is not the batch. Keep dimension 0 as the batch throughout."
-        )
-    return (1, *(shape[1:] or (1,)))  # one number for each example counts as a vector of length 1
+from lightning_lcnn.recording.program import check_program, record_program
 
 
 @dataclass(frozen=True)
@@ -94,19 +53,19 @@ class MeasuredNetwork:
 
 
 def measure(model: nn.Module, example_input: Tensor) -> MeasuredNetwork:
-    """Trace the model, run the example for the shapes and certify every step in float64.
+    """Record what the model does with the example, compare record and model, and certify every step in float64.
 
     Raises:
         TypeError: when an argument has the wrong type.
-        ValueError: when the model is in training mode, the example does not fit, or :func:`trace` refuses.
+        ValueError: when the model is in training mode, the example does not fit, the model cannot be recorded, or a
+            layer or operation has no bound.
     """
     model = _checked(model, example_input)
-    graph: fx.Graph = record(model, is_known)
-    steps = tuple(build_steps(model, graph))
-    _check_evaluation(model, steps)
-    shapes = tuple(_record_shapes(model, graph, steps, example_input))
-    network = MeasuredNetwork(steps, shapes, ())
-    return replace(network, bounds=_certified(network))
+    program = record_program(model, example_input, is_known)
+    recorded = build_recorded_steps(model, program, double=True)
+    check_program(model, program, example_input)
+    network = MeasuredNetwork(tuple(r.step for r in recorded), tuple(r.shape for r in recorded), ())
+    return replace(network, bounds=_certified(network, recorded))
 
 
 def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:
@@ -119,33 +78,54 @@ def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:
             "`example_input` must hold floating-point numbers of shape (N, ...) with N >= 1, got "
             f"{example_input.dtype} of shape {tuple(example_input.shape)}."
         )
-    return unsharded(uncompiled(model), gather=True)
+    _check_evaluation(model)
+    return unsharded(_without_compiler(model), gather=True)
 
 
-def _check_evaluation(model: nn.Module, steps: tuple[Step, ...]) -> None:
-    training = [f"module '{step.name}'" for step in steps if step.module is not None and step.module.training]
-    if model.training or training:
-        where = training[0] if training else "the model"
+def _without_compiler(model: nn.Module) -> nn.Module:
+    """The module inside a wrapper of ``torch.compile``; the wrapper itself where it has hooks of its own."""
+    return model if any(hook_tables(model, forward_only=True).values()) else uncompiled(model)
+
+
+def _check_evaluation(model: nn.Module) -> None:
+    training = [path for path, module in model.named_modules() if module.training]
+    if training:
+        where = f"module '{training[-1]}'" if training[-1] else "the model"
         raise ValueError(f"`model` must be in evaluation mode, but {where} is in training mode; call model.eval().")
 
 
-def _certified(network: MeasuredNetwork) -> tuple[LayerBound, ...]:
+def _certified(network: MeasuredNetwork, recorded: Sequence[RecordedStep]) -> tuple[LayerBound, ...]:
     bounds: list[LayerBound] = []
-    for i, step in enumerate(network.steps):
-        try:
-            _check_ranks(network, i)
-            bound = step.piece.certify(network.input_shape(i), network.shapes[i])
-        except ValueError as error:
-            raise ValueError(step.refusal(str(error))) from error
-        bounds.append(_folded(network, i, bounds, bound))
+    for i, entry in enumerate(recorded):
+        bounds.append(_bound(network, i, entry, bounds))
     return tuple(bounds)
 
 
-def _check_ranks(network: MeasuredNetwork, i: int) -> None:
-    """Broadcasting between different ranks would align the batch with another dimension."""
-    ranks = {len(network.shapes[j]) for j in (i, *network.steps[i].inputs)}
-    if isinstance(network.steps[i].piece, Sum | Scale) and len(ranks) > 1:
-        raise ValueError("its operands have different numbers of dimensions, so broadcasting couples the batch")
+def _bound(network: MeasuredNetwork, i: int, entry: RecordedStep, before: list[LayerBound]) -> LayerBound:
+    """Certified bound of a step; infinite, with the reason, where NaN or infinity is in it."""
+    if not all(_is_finite(value()) for value in entry.constants):
+        return LayerBound(math.inf, math.inf, "its parameters or constants hold NaN or infinity")
+    if math.prod(network.shapes[i]) * math.prod(network.input_shape(i)) == 0:  # no entries: a constant
+        return LayerBound(0.0)
+    try:
+        bound = entry.step.piece.certify(network.input_shape(i), network.shapes[i])
+        sources = [before[j] for j in entry.step.inputs]
+        if all(math.isfinite(float(b.slope)) for b in (bound, *sources)):
+            bound = _folded(network, i, before, bound)
+    except ValueError as error:
+        raise ValueError(entry.step.refusal(str(error))) from error
+    slope, curvature = float(bound.slope), float(bound.curvature)
+    if math.isnan(curvature) or not math.isfinite(slope):
+        return LayerBound(math.inf, math.inf, bound.reason or "its slope or curvature is NaN or beyond float64")
+    return bound
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return math.isfinite(value)
 
 
 def _folded(network: MeasuredNetwork, i: int, bounds: list[LayerBound], alone: LayerBound) -> LayerBound:

@@ -32,13 +32,13 @@ class Step:
     kind: str  # class of the module or name of the function
     piece: Piece
     inputs: tuple[int, ...]  # steps that it reads; the network's input is step 0
-    node: str  # name of the fx node
+    node: str = ""  # name of the fx node
     module: nn.Module | None = None
     where: str = ""  # the place in words, for messages
 
     def refusal(self, reason: str) -> str:
         """Message for a step that turns out to have no bound."""
-        return _refusal(self.where or f"'{self.name}' ({self.kind})", type(self.module), reason)
+        return refusal(self.where or f"'{self.name}' ({self.kind})", type(self.module), reason)
 
 
 def build_steps(model: nn.Module, graph: fx.Graph) -> list[Step]:
@@ -165,10 +165,11 @@ class _Builder:
 
     def _refusal(self, node: fx.Node, reason: str) -> str:
         module = self.modules[str(node.target)] if node.op == "call_module" else None
-        return _refusal(self._where(node), type(module), reason)
+        return refusal(self._where(node), type(module), reason)
 
 
-def _refusal(where: str, module_type: type, reason: str) -> str:
+def refusal(where: str, module_type: type, reason: str) -> str:
+    """Message for a place without a bound."""
     way = "Register a bound of your own: lightning_lcnn.bounds.register_rule({}, rule)."
     if module_type is type(None):
         way = "Move it into a module of your own and " + way[0].lower() + way[1:].format("Module")

@@ -102,7 +102,7 @@ class Activation(Piece):
     def log_slope(self) -> Number:
         if type(self.module) in (nn.PReLU, SmoothPReLU):
             return whole(self.module.weight).abs().amax().clamp_min(1.0).log()  # type: ignore[union-attr]
-        return _log(max_magnitude(self.read().slope)) if type(self.module) is not CenteredSoftplus else 0.0
+        return log_of(max_magnitude(self.read().slope)) if type(self.module) is not CenteredSoftplus else 0.0
 
     def log_bend(self) -> Number | None:
         unit = self._bend_at_one()
@@ -110,7 +110,7 @@ class Activation(Piece):
             log_beta = whole(self.module.log_beta)  # type: ignore[union-attr]
             return (scalar(log_beta) if log_beta.numel() == 1 else log_beta.amax()) + math.log(unit)
         if isinstance(self.module, _BENT):
-            return _log(self.module.curvature_bound())
+            return log_of(self.module.curvature_bound())
         bend = max_magnitude(self.read().bend)
         return math.log(bend) if 0 < bend < math.inf else None
 
@@ -138,7 +138,7 @@ class Weight(Piece):
         if isinstance(self.layer, SPECTRAL):
             return 0.0 if self.layer.log_gamma is None else scalar(self.layer.log_gamma)
         groups = 1 if self.geometry is None else self.geometry["groups"]
-        return _log(cheap_norm_bound(self.tensor(), groups))
+        return log_of(cheap_norm_bound(self.tensor(), groups))
 
     def exact_tensor(self) -> Tensor:
         """The weight in float64, detached."""
@@ -185,7 +185,7 @@ class Scale(Piece):
 
     def log_slope(self) -> Number:
         factor = self.factor()
-        return _log(factor.abs().amax() if isinstance(factor, Tensor) else abs(factor))
+        return log_of(factor.abs().amax() if isinstance(factor, Tensor) else abs(factor))
 
     def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
         factor = torch.as_tensor(self.factor()).detach().cpu().double().abs().max()
@@ -260,12 +260,12 @@ class Smooth(Piece):
     windows: Windows | None = None  # where every output's gradient is a convex combination over a window
 
     def log_slope(self) -> Number:
-        return _log(self.bound(None).slope)
+        return log_of(self.bound(None).slope)
 
     def log_bend(self) -> Number | None:
         curvature = self.bound(None).curvature
         if isinstance(curvature, Tensor):
-            return _log(curvature)
+            return log_of(curvature)
         return math.log(curvature) if 0 < curvature < math.inf else None
 
     def certify(self, input_shape: Shape, output_shape: Shape) -> LayerBound:
@@ -295,7 +295,7 @@ def cheap_norm_bound(weight: Tensor, groups: int = 1) -> Tensor:
     return torch.minimum((rows * columns).clamp_min(1e-37).sqrt(), math.sqrt(taps) * torch.linalg.vector_norm(weight))
 
 
-def _log(value: Number) -> Number:
+def log_of(value: Number) -> Number:
     """Logarithm that takes zero as the smallest normal number, so that a dead layer gives no NaN."""
     if isinstance(value, Tensor):
         return value.clamp_min(torch.finfo(value.dtype).tiny).log()

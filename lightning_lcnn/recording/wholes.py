@@ -1,0 +1,82 @@
+"""Which modules may be taken as a whole, and how their calls are seen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def is_intact(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class and nothing else.
+
+    False with hooks (weight norm, spectral norm and pruning are hooks too), with parametrizations, with a method
+    replaced on the instance, or a ``forward`` that was put into the class from another package.
+    """
+    if any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS):
+        return False
+    return all(map(_is_plain, module.modules()))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kind = type(module)
+    replaced = any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items())
+    hooked = any(getattr(module, name) for name in _HOOKS)
+    return not (replaced or hooked or parametrize.is_parametrized(module)) and _defines_its_forward(kind)
+
+
+def _defines_its_forward(kind: type[nn.Module]) -> bool:
+    packages = {base.__module__.split(".")[0] for base in kind.__mro__}
+    forward: Any = kind.forward
+    return str(getattr(forward, "__module__", "")).split(".")[0] in packages and not hasattr(forward, "__wrapped__")
+
+
+Seen = Callable[[Callable[..., Any], nn.Module, Any, Any], Any]
+_active = threading.local()
+_lock = threading.Lock()
+_watchers = 0
+_original: Any = None
+
+
+@contextmanager
+def module_calls_seen_by(see: Seen) -> Iterator[None]:
+    """Have ``see(original, module, args, kwargs)`` answer every call of a module in this thread.
+
+    torch has no hook that may answer in the place of ``forward``, so ``nn.Module.__call__`` is replaced, as torch.fx
+    does it while tracing. Other threads pass through; the first of several recordings replaces, the last puts back.
+    """
+    before = getattr(_active, "see", None)
+    _watch(+1)
+    _active.see = see
+    try:
+        yield
+    finally:
+        _active.see = before
+        _watch(-1)
+
+
+def _watch(change: int) -> None:
+    global _watchers, _original
+    with _lock:
+        if _watchers == 0:
+            _original = nn.Module.__call__
+            nn.Module.__call__ = _answered(_original)  # type: ignore[method-assign]
+        _watchers += change
+        if _watchers == 0:
+            nn.Module.__call__ = _original  # type: ignore[method-assign]
+
+
+def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        see = getattr(_active, "see", None)
+        return original(self, *args, **kwargs) if see is None else see(original, self, args, kwargs)
+
+    return call
