@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from lightning_lcnn.functional.singular_vectors import (
     largest_singular_triplet,
     matrix_operator,
 )
-from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, scalar, whole
+from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, scalar, whole, without_autocast
 from lightning_lcnn.kernels.normalized_convolution import (
     SharedGradient,
     inner_product,
@@ -110,9 +111,9 @@ class SpectralLayer(nn.Module):
             return self.reset_spectral_norm()
         weight = self._accurate_weight()
         operator = self._operator(weight, self.right_vector.shape)
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             right = self.right_vector.to(weight.dtype)
-            start = _unit(right + _PERTURBATION * _unit(_random(tuple(right.shape), right.device).to(right.dtype)))
+            start = _unit(right + _PERTURBATION * _unit(_random(tuple(right.shape), right.device, right.dtype)))
             triplet = filtered_power_iteration(operator.apply, operator.adjoint, start, num_iterations)
             self._store(operator, triplet)
         return triplet.residual
@@ -146,10 +147,9 @@ class SpectralLayer(nn.Module):
         shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
         weight = self._accurate_weight()
         operator = self._operator(weight, shape)
-        start = _random(shape, torch.device("cpu"))
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             triplet = largest_singular_triplet(
-                operator.apply, operator.adjoint, start.to(weight), tolerance, max_iterations
+                operator.apply, operator.adjoint, _random(shape, weight.device, weight.dtype), tolerance, max_iterations
             )
             self._store(operator, triplet, right=known)
         return triplet.residual
@@ -222,9 +222,11 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     target.train(source.training)
 
 
-def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same vector at every call and on every rank, from a private generator: the global one stays untouched."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+@lru_cache(maxsize=64)
+def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same vector at every call, on every rank and device: drawn once on the CPU, from a private generator."""
+    with torch.inference_mode(False):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def _unit(vector: Tensor) -> Tensor:
