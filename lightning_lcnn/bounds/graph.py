@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn.bounds.rules.modules import is_known
-from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes
+from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes, readings
 from lightning_lcnn.bounds.steps import Step, build_steps
+from lightning_lcnn.kernels.log_rules import Program, Read, Reading, Rule, solve
 from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, unsharded
+from lightning_lcnn.kernels.operators import runs_operators
 from lightning_lcnn.recording.tracing import record
 
 _ZERO = -1e30  # logarithm of zero that survives float32 arithmetic without NaN
@@ -46,15 +48,6 @@ class _Segment:
 
 _Parts = tuple[tuple[int, float], ...]  # numbers of values, and coefficients
 _Terms = tuple[tuple[_Parts, float], ...]  # with offsets
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """Value number ``result`` is scale · log Σ exp(Σ coefficient · value + offset)."""
-
-    result: int
-    terms: _Terms
-    scale: float = 1.0
 
 
 class Recursion:
@@ -145,7 +138,7 @@ class Recursion:
         bends = torch.cat([bends, bends.new_zeros(1)])
         return (slope_rows * slopes).sum(1), (bend_rows * slopes).sum(1) + bends[bend_index]
 
-    def _program(self) -> list[_Rule]:
+    def _program(self) -> list[Rule]:
         """What follows from what, in order: slopes of steps, their curvatures, slopes of segments, their curvatures."""
         n, rules = len(self.nodes), []
         segment = 2 * n
@@ -158,12 +151,12 @@ class Recursion:
                 after: _Terms = (((n + source, 1.0), (s, 1.0)), 0.0), (((source, 2.0), (c, 1.0)), 0.0)
                 if source == 0:  # the network's input has slope 1 and no curvature
                     slope, after = ((s, 1.0),), ((((c, 1.0),), 0.0),)
-                rules += [_Rule(last, ((slope, 0.0),)), _Rule(n + last, after)]
+                rules += [Rule(last, ((slope, 0.0),)), Rule(n + last, after)]
             else:
                 rules += self._join(entry, self.nodes[entry])
         return rules
 
-    def _join(self, i: int, node: Node) -> list[_Rule]:
+    def _join(self, i: int, node: Node) -> list[Rule]:
         """Sum, or root-sum-square for a concatenation, of the inputs' numbers."""
         n, power = len(self.nodes), 2.0 if node.join == "concat" else 1.0
         offsets = node.offsets or (0.0,) * len(node.inputs)
@@ -175,7 +168,7 @@ class Recursion:
         ]
         if node.join == "product":
             bends = (*bends, (tuple((k, 1.0) for k in node.inputs), math.log(2)))
-        return [_Rule(i, slopes, 1 / power), _Rule(n + i, bends, 1 / power)]
+        return [Rule(i, slopes, 1 / power), Rule(n + i, bends, 1 / power)]
 
     def run(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logarithms of slope and curvature at every step that ends a segment or joins; zeros elsewhere.
@@ -212,6 +205,27 @@ class Recursion:
             slopes, curvatures = self.run(segment_slopes, contributions)
             return slopes[-1], curvatures[-1]
         return _Totals.apply(segment_slopes, self._of_segments(contributions), self).unbind()
+
+    def program(self, num_slopes: int, num_bends: int) -> Program:
+        """All rules from the logarithms of slopes and curvatures on, for one kernel."""
+        shift, n, m = num_slopes + num_bends, len(self.nodes), len(self.segments)
+        slope_rows, bend_rows, bend_index = self._slopes.tolist(), self._bends.tolist(), self._bend_index.tolist()
+
+        def parts(row: list[float], bend: int = -1) -> tuple[_Parts, float]:
+            known = tuple((k, c) for k, c in enumerate(row[:-1]) if c)
+            return known + (((num_slopes + bend, 1.0),) if bend >= 0 else ()), row[-1]
+
+        rules = []
+        for j, members in enumerate(self._members.tolist()):
+            rules.append(Rule(shift + 2 * n + j, (parts(slope_rows[j]),)))
+            terms = tuple(parts(bend_rows[k], bend_index[k]) for k in members if k < len(bend_rows))
+            if terms:
+                rules.append(Rule(shift + 2 * n + m + j, terms))
+        for rule in self._rules:
+            shifted = tuple((tuple((k + shift, c) for k, c in known), offset) for known, offset in rule.terms)
+            rules.append(Rule(rule.result + shift, shifted, rule.scale))
+        start = [0.0] * (shift + n) + [_ZERO] * (n + 2 * m)
+        return Program(shift, start, rules, (shift + n - 1, shift + 2 * n - 1))
 
     def _in_numbers(self, of_segments: list[float]) -> tuple[list[float], list[list[float]]]:
         """Both values at the last step, and the gradient of each by slopes and curvatures of all segments."""
@@ -283,6 +297,7 @@ class Surrogate:
     Args:
         log_slope: log L̄, shape ().
         log_curvature: log K, shape (); -1e30 when nothing in the network has a finite positive curvature.
+        log_ratio: log C̄ = log K - log L̄, shape (); for a chain Σ_i (β_i/4) Π_{j≤i} L_j.
         layers: module paths of the layers with a slope of their own.
         layer_log_slopes: their log slopes, shape (len(layers),).
         activations: names of the steps with curvature, once per use.
@@ -292,15 +307,11 @@ class Surrogate:
 
     log_slope: Tensor
     log_curvature: Tensor
+    log_ratio: Tensor
     layers: tuple[str, ...]
     layer_log_slopes: Tensor
     activations: tuple[str, ...]
     shares: Callable[[], Tensor]
-
-    @property
-    def log_ratio(self) -> Tensor:
-        r"""Log C̄ = log K - log L̄; for a chain Σ_i (β_i/4) Π_{j≤i} L_j."""
-        return self.log_curvature - self.log_slope
 
 
 class CurvatureGraph:
@@ -321,6 +332,8 @@ class CurvatureGraph:
             nodes = [self._node(step) for step in self.steps]
         self._recursion = Recursion(nodes, len(self._slope_leaves))
         self._uses = [self.steps[i] for i in self._recursion.occurrences]
+        self._program = self._recursion.program(len(self._slope_leaves), len(self._bend_leaves))
+        self._readings: dict[tuple[Any, ...], Reading] = {}
 
     def surrogate(self) -> Surrogate:
         r"""Differentiable surrogate of the bound, from the layers as they are now; works in training mode too.
@@ -345,16 +358,43 @@ class CurvatureGraph:
             >>> round(trace(net).surrogate().log_ratio.exp().item(), 4)  # (8/4) * 2
             4.0
         """
+        if not needs_composite() and (self._slope_leaves or self._bend_leaves):
+            tensors, reads = readings([s.piece for s in self._slope_leaves], [s.piece for s in self._bend_leaves])
+            if all(tensor.device == tensors[0].device for tensor in tensors) and runs_operators(tensors[0].device):
+                return self._by_operators(tensors, reads)
         slopes, bends = self._leaf_values()
         segments, contributions = self._recursion.contributions(slopes, bends)
         log_slope, log_curvature = self._recursion.totals(segments, contributions)
+        return self._surrogate(log_slope, log_curvature, log_curvature - log_slope, slopes, bends)
+
+    def _by_operators(self, tensors: list[Tensor], reads: list[Read]) -> Surrogate:
+        """A few operations on all layers at once."""
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        tensors = [tensor.to(dtype) for tensor in tensors]
+        sizes, count = tuple(tensor.numel() for tensor in tensors), len(self._slope_leaves)
+        key = (*reads, *sizes)
+        if key not in self._readings:
+            self._readings[key] = Reading(reads, sizes)
+
+        def composed(leaves: Tensor) -> tuple[Tensor, Tensor]:
+            pieces = self._recursion.contributions(leaves[:count], leaves[count:])
+            slopes, curvatures = self._recursion.run(*pieces)
+            return slopes[-1], curvatures[-1]
+
+        slope, curvature, ratio, leaves = solve(self._program, self._readings[key], tensors, composed)
+        return self._surrogate(slope, curvature, ratio, leaves[:count], leaves[count:])
+
+    def _surrogate(
+        self, log_slope: Tensor, log_curvature: Tensor, log_ratio: Tensor, slopes: Tensor, bends: Tensor
+    ) -> Surrogate:
         return Surrogate(
             log_slope=log_slope,
             log_curvature=log_curvature,
+            log_ratio=log_ratio,
             layers=tuple(step.name for step in self._slope_leaves),
             layer_log_slopes=slopes,
             activations=tuple(step.name for step in self._uses),
-            shares=partial(shares, self._recursion, segments.detach(), contributions.detach()),
+            shares=partial(_leaf_shares, self._recursion, slopes.detach(), bends.detach()),
         )
 
     def _leaf_values(self) -> tuple[Tensor, Tensor]:
@@ -423,6 +463,10 @@ def shares(recursion: Recursion, segments: Tensor, contributions: Tensor) -> Ten
         if contributions.numel() == 0:
             return contributions.detach()
         return torch.autograd.grad(log_curvature, contributions)[0]
+
+
+def _leaf_shares(recursion: Recursion, slopes: Tensor, bends: Tensor) -> Tensor:
+    return shares(recursion, *recursion.contributions(slopes, bends))
 
 
 def _fixed_or_leaf(value: Number, step: Step, leaves: list[Step]) -> float | Leaf:
