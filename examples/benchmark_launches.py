@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lcnn.kernels.layer_operators import kernels
 from lightning_lcnn.layers import update_spectral_norm
 from lightning_lcnn.models import resnet18
 from lightning_lcnn.penalties import CurvaturePenalty, GradientNormPenalty
@@ -38,8 +39,6 @@ FREE = {
     *("set_", "promote_types", "diagonal", "unflatten", "view_as_real", "is_pinned"),
 }
 DENSE = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
-KERNELS: dict[str, int] = {}  # of our own operators, where it is more than one
-
 LAUNCH_SECONDS = 5e-6
 GPU = "H200 (float32 without TF32)"
 BANDWIDTH, PEAK = 4.8e12, 67e12  # bytes and operations a second, from its data sheet
@@ -58,7 +57,7 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name not in FREE:
-            self.launches[name] += KERNELS.get(name, 1)
+            self.launches[name] += kernels(name, args) if func.namespace == "lightning_lcnn" else 1
             if func.overloadpacket in flop_registry:
                 self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
             if name not in DENSE:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+LARGEST_WHOLE = 2**15  # values of a weight up to which every program computes its inner product for itself
 _LIBRARY = torch.library.Library("lightning_lcnn", "DEF")
 
 
@@ -28,9 +29,20 @@ def operator(schema: str, reference: Callable[..., Any], meta: Callable[..., Any
         cuda: Launches it on a GPU.
     """
     name = _LIBRARY.define(schema)
-    for key, function in (("CPU", reference), ("Meta", meta), ("CUDA", cuda)):
+    for key, function in (("CPU", reference), ("Meta", meta), ("CUDA", _on_its_device(cuda))):
         _LIBRARY.impl(name, function, key)
     return getattr(torch.ops.lightning_lcnn, name).default
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    def launch(*arguments: Any) -> Any:
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        with torch.cuda.device(first.device):
+            return function(*arguments)
+
+    return launch
 
 
 @lru_cache(maxsize=1)
