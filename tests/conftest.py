@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels then run on the CPU
 
 
 @pytest.fixture(autouse=True)

@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._compat import uncompiled
 from lightning_lcnn.bounds.rules.modules import is_known
-from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes
+from lightning_lcnn.bounds.rules.pieces import Concat, Diagonal, Number, Product, Sum, batch_norm_log_slopes, readings
 from lightning_lcnn.bounds.steps import Step, build_steps
-from lightning_lcnn.kernels.modes import unsharded
+from lightning_lcnn.kernels.log_rules import Program, Read, Reading, Rule, solve
+from lightning_lcnn.kernels.modes import needs_composite, unsharded
+from lightning_lcnn.kernels.operators import runs_operators
 from lightning_lcnn.recording.tracing import record
 
 _ZERO = -1e30  # logarithm of zero that survives float32 arithmetic without NaN
@@ -30,6 +33,7 @@ class Surrogate:
     Args:
         log_slope: log L̄, shape ().
         log_curvature: log K, shape (); -1e30 when nothing in the network has a finite positive curvature.
+        log_ratio: log C̄ = log K - log L̄, shape (); for a chain Σ_i (β_i/4) Π_{j≤i} L_j.
         layers: module paths of the layers with a slope of their own.
         layer_log_slopes: their log slopes, shape (len(layers),).
         activations: names of the steps with curvature, once per use.
@@ -39,15 +43,11 @@ class Surrogate:
 
     log_slope: Tensor
     log_curvature: Tensor
+    log_ratio: Tensor
     layers: tuple[str, ...]
     layer_log_slopes: Tensor
     activations: tuple[str, ...]
     shares: Callable[[], Tensor]
-
-    @property
-    def log_ratio(self) -> Tensor:
-        r"""Log C̄ = log K - log L̄; for a chain Σ_i (β_i/4) Π_{j≤i} L_j."""
-        return self.log_curvature - self.log_slope
 
 
 class CurvatureGraph:
@@ -68,6 +68,8 @@ class CurvatureGraph:
             nodes = [self._node(step) for step in self.steps]
         self._recursion = Recursion(nodes, len(self._slope_leaves))
         self._uses = [self.steps[i] for i in self._recursion.occurrences]
+        self._program = self._recursion.program(len(self._slope_leaves), len(self._bend_leaves))
+        self._readings: dict[tuple[Any, ...], Reading] = {}
 
     def surrogate(self) -> Surrogate:
         r"""Differentiable surrogate of the bound, from the layers as they are now; works in training mode too.
@@ -92,16 +94,48 @@ class CurvatureGraph:
             >>> round(trace(net).surrogate().log_ratio.exp().item(), 4)  # (8/4) * 2
             4.0
         """
+        if not needs_composite() and runs_operators(self._device()):
+            tensors, reads = readings([s.piece for s in self._slope_leaves], [s.piece for s in self._bend_leaves])
+            if all(tensor.device == tensors[0].device for tensor in tensors):
+                return self._by_operators(tensors, reads)
         slopes, bends = self._leaf_values()
         segments, contributions = self._recursion.contributions(slopes, bends)
         log_slope, log_curvature = self._recursion.totals(segments, contributions)
+        return self._surrogate(log_slope, log_curvature, log_curvature - log_slope, slopes, bends)
+
+    def _device(self) -> torch.device:
+        """Where the parameters of the first layer are that has any."""
+        modules = (step.module for step in (*self._slope_leaves, *self._bend_leaves) if step.module is not None)
+        return next((tensor.device for m in modules for tensor in (*m.parameters(), *m.buffers())), torch.device("cpu"))
+
+    def _by_operators(self, tensors: list[Tensor], reads: list[Read]) -> Surrogate:
+        """A few operations on all layers at once."""
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        tensors = [tensor.to(dtype) for tensor in tensors]
+        sizes, count = tuple(tensor.numel() for tensor in tensors), len(self._slope_leaves)
+        key = (*reads, *sizes)
+        if key not in self._readings:
+            self._readings[key] = Reading(reads, sizes)
+
+        def composed(leaves: Tensor) -> tuple[Tensor, Tensor]:
+            pieces = self._recursion.contributions(leaves[:count], leaves[count:])
+            slopes, curvatures = self._recursion.run(*pieces)
+            return slopes[-1], curvatures[-1]
+
+        slope, curvature, ratio, leaves = solve(self._program, self._readings[key], tensors, composed)
+        return self._surrogate(slope, curvature, ratio, leaves[:count], leaves[count:])
+
+    def _surrogate(
+        self, log_slope: Tensor, log_curvature: Tensor, log_ratio: Tensor, slopes: Tensor, bends: Tensor
+    ) -> Surrogate:
         return Surrogate(
             log_slope=log_slope,
             log_curvature=log_curvature,
+            log_ratio=log_ratio,
             layers=tuple(step.name for step in self._slope_leaves),
             layer_log_slopes=slopes,
             activations=tuple(step.name for step in self._uses),
-            shares=partial(shares, self._recursion, segments.detach(), contributions.detach()),
+            shares=partial(_leaf_shares, self._recursion, slopes.detach(), bends.detach()),
         )
 
     def _leaf_values(self) -> tuple[Tensor, Tensor]:
@@ -172,6 +206,10 @@ def shares(recursion: Recursion, segments: Tensor, contributions: Tensor) -> Ten
         return torch.autograd.grad(log_curvature, contributions)[0]
 
 
+def _leaf_shares(recursion: Recursion, slopes: Tensor, bends: Tensor) -> Tensor:
+    return shares(recursion, *recursion.contributions(slopes, bends))
+
+
 def _fixed_or_leaf(value: Number, step: Step, leaves: list[Step]) -> float | Leaf:
     """A float as it is; for a tensor its position among the leaves, shared modules once."""
     if not isinstance(value, Tensor):
@@ -211,15 +249,6 @@ class Node:
 class _Segment:
     source: int
     steps: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """Value number ``result`` is scale · log Σ exp(Σ coefficient · value + offset)."""
-
-    result: int
-    terms: _Terms
-    scale: float = 1.0
 
 
 class Recursion:
@@ -310,7 +339,7 @@ class Recursion:
         bends = torch.cat([bends, bends.new_zeros(1)])
         return (slope_rows * slopes).sum(1), (bend_rows * slopes).sum(1) + bends[bend_index]
 
-    def _program(self) -> list[_Rule]:
+    def _program(self) -> list[Rule]:
         """What follows from what, in order: slopes of steps, their curvatures, slopes of segments, their curvatures."""
         n, rules = len(self.nodes), []
         segment = 2 * n
@@ -323,12 +352,12 @@ class Recursion:
                 after: _Terms = (((n + source, 1.0), (s, 1.0)), 0.0), (((source, 2.0), (c, 1.0)), 0.0)
                 if source == 0:  # the network's input has slope 1 and no curvature
                     slope, after = ((s, 1.0),), ((((c, 1.0),), 0.0),)
-                rules += [_Rule(last, ((slope, 0.0),)), _Rule(n + last, after)]
+                rules += [Rule(last, ((slope, 0.0),)), Rule(n + last, after)]
             else:
                 rules += self._join(entry, self.nodes[entry])
         return rules
 
-    def _join(self, i: int, node: Node) -> list[_Rule]:
+    def _join(self, i: int, node: Node) -> list[Rule]:
         """Sum, or root-sum-square for a concatenation, of the inputs' numbers."""
         n, power = len(self.nodes), 2.0 if node.join == "concat" else 1.0
         offsets = node.offsets or (0.0,) * len(node.inputs)
@@ -340,7 +369,7 @@ class Recursion:
         ]
         if node.join == "product":
             bends = (*bends, (tuple((k, 1.0) for k in node.inputs), math.log(2)))
-        return [_Rule(i, slopes, 1 / power), _Rule(n + i, bends, 1 / power)]
+        return [Rule(i, slopes, 1 / power), Rule(n + i, bends, 1 / power)]
 
     def run(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Logarithms of slope and curvature at every step that ends a segment or joins; zeros elsewhere.
@@ -361,6 +390,27 @@ class Recursion:
             joined = terms[0] if len(terms) == 1 else torch.logsumexp(torch.stack(terms), dim=0)
             values[rule.result] = joined if rule.scale == 1.0 else rule.scale * joined
         return values[:n], values[n : 2 * n]
+
+    def program(self, num_slopes: int, num_bends: int) -> Program:
+        """All rules from the logarithms of slopes and curvatures on, for one kernel."""
+        shift, n, m = num_slopes + num_bends, len(self.nodes), len(self.segments)
+        slope_rows, bend_rows, bend_index = self._slopes.tolist(), self._bends.tolist(), self._bend_index.tolist()
+
+        def parts(row: list[float], bend: int = -1) -> tuple[_Parts, float]:
+            known = tuple((k, c) for k, c in enumerate(row[:-1]) if c)
+            return known + (((num_slopes + bend, 1.0),) if bend >= 0 else ()), row[-1]
+
+        rules = []
+        for j, members in enumerate(self._members.tolist()):
+            rules.append(Rule(shift + 2 * n + j, (parts(slope_rows[j]),)))
+            terms = tuple(parts(bend_rows[k], bend_index[k]) for k in members if k < len(bend_rows))
+            if terms:
+                rules.append(Rule(shift + 2 * n + m + j, terms))
+        for rule in self._rules:
+            shifted = tuple((tuple((k + shift, c) for k, c in known), offset) for known, offset in rule.terms)
+            rules.append(Rule(rule.result + shift, shifted, rule.scale))
+        start = [0.0] * (shift + n) + [_ZERO] * (n + 2 * m)
+        return Program(shift, start, rules, (shift + n - 1, shift + 2 * n - 1))
 
     def totals(self, segment_slopes: Tensor, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of slope and curvature at the last step, 0-d; arguments as for :meth:`run`."""

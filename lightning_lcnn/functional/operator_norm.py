@@ -17,7 +17,7 @@ from lightning_lcnn.functional.singular_vectors import (
     largest_singular_triplet,
     matrix_operator,
 )
-from lightning_lcnn.kernels.modes import unsharded
+from lightning_lcnn.kernels.modes import unsharded, without_autocast
 
 # By exact class: a subclass may compute something else, and must not inherit a certificate.
 _WEIGHTS: dict[type[nn.Module], Callable[[Any], Tensor]] = {
@@ -120,7 +120,7 @@ def operator_norm_estimate(
         start = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     elif tuple(start.shape) != shape:
         raise ValueError(f"`start` must have the shape {shape} of one input, got {tuple(start.shape)}.")
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         triplet = largest_singular_triplet(
             operator.apply, operator.adjoint, start.to(weight), tolerance=1e-6, max_iterations=num_iterations
         )

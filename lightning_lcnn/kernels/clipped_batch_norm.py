@@ -278,7 +278,7 @@ class _ClippedBatchNorm(torch.autograd.Function):
         x, weight, bias, gamma, mean, gain = ctx.saved_tensors  # read once: activation checkpointing unpacks them once
         wanted = wanted_gradients(ctx)[:4]
         if torch.is_grad_enabled():  # somebody differentiates this backward again
-            return (*_differentiable_gradients(grad, x, weight, bias, gamma, mean, gain, ctx.eps, wanted), *[None] * 4)
+            return (*differentiable_gradients(grad, x, weight, bias, gamma, mean, gain, ctx.eps, wanted), *[None] * 4)
         of_x, of_weight, of_bias, of_gamma = wanted
         of_factor = ctx.clipped and (of_weight or of_gamma)
         asked = of_x, of_weight or of_factor, of_bias or (of_factor and bias is not None)
@@ -309,7 +309,7 @@ def _times(weight: Tensor | None, factor: float, like: Tensor) -> Tensor:
     return weight if factor == 1.0 else weight * factor
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,

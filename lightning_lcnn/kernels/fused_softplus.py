@@ -176,6 +176,25 @@ class _SlopeFromOutput(torch.autograd.Function):
         return of_grad, product.mul_(0.5 * beta), of_beta
 
 
+def input_gradient(
+    grad: Tensor, kept: Tensor, beta: Tensor, from_output: bool, of_beta: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of one β by operations that are differentiable again, from the output or the input."""
+    dtype = beta.dtype
+    wide = grad.to(dtype)
+    if from_output:
+        if not of_beta:
+            return _SlopeFromOutput.apply(wide, kept.to(dtype), beta).to(kept.dtype), None
+        e = _exponential(kept, beta)
+        grad_x = wide * (1.0 - 0.5 * e)
+        x_times_beta = beta * kept + torch.log1p(1.0 - e)
+        return grad_x, ((grad_x * x_times_beta).sum() / beta - (wide * kept).sum()) / beta
+    x = kept.to(dtype)
+    grad_x = wide * _Sigmoid.apply(x * beta)
+    of = ((grad_x * x).sum() - (wide * composite(x, beta)).sum()) / beta if of_beta else None
+    return grad_x.to(kept.dtype), of
+
+
 def _exponential(value: Tensor, beta: Tensor) -> Tensor:
     """Return e = exp(-βs), kept below 2, which it reaches by rounding and where log(2 - e) is infinite."""
     largest = 2.0 - 2.0 * torch.finfo(value.dtype).eps

@@ -7,6 +7,7 @@ they can stand in for them.
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ def on_plain_cpu(*tensors: Tensor) -> bool:
     return dtype in (torch.float32, torch.float64) and all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype for t in tensors
     )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on the device; nothing to do on one that has none, as the meta device."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def is_dense(a: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
 from lightning_lcnn.kernels.fused_softplus import softplus
+from lightning_lcnn.kernels.layer_operators import softplus_of_log, takes_operators
 from lightning_lcnn.kernels.modes import scalar, whole
 
 
@@ -83,6 +84,15 @@ class CenteredSoftplus(LearnableBeta):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply s(x; β) elementwise; x is (N, C, ...) if β is per channel, else of any shape."""
+        # evaluation with gradients measures curvature: keep relative accuracy and the cheaper second derivative
+        inplace = self.inplace and (self.training or not torch.is_grad_enabled())
+        if (
+            self.num_channels is None
+            and isinstance(x, Tensor)
+            and x.device.type != "cpu"
+            and takes_operators(x, self.log_beta)
+        ):
+            return softplus_of_log(x, self.log_beta, inplace)
         beta = self.beta
         if self.num_channels is not None:
             if x.ndim < 2 or x.shape[1] != self.num_channels:
@@ -91,8 +101,6 @@ class CenteredSoftplus(LearnableBeta):
                     f"got shape {tuple(x.shape)}."
                 )
             beta = beta.view(-1, *[1] * (x.ndim - 2))
-        # evaluation with gradients measures curvature: keep relative accuracy and the cheaper second derivative
-        inplace = self.inplace and (self.training or not torch.is_grad_enabled())
         return softplus(x, beta, inplace)
 
     def extra_repr(self) -> str:

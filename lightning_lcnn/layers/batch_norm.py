@@ -22,6 +22,7 @@ from lightning_lcnn.kernels.clipped_batch_norm import (
     fits_one_pass,
     scaled_affine,
 )
+from lightning_lcnn.kernels.layer_operators import clipped_norm, takes_operators
 from lightning_lcnn.kernels.modes import scalar, synchronized_moments, whole
 from lightning_lcnn.kernels.recomputation import remember
 
@@ -120,6 +121,8 @@ class LipschitzBatchNorm(BatchNorm):
         if x.ndim not in self._dimensions:
             expected = " or ".join(f"{d}-dimensional" for d in self._dimensions)
             raise ValueError(f"`x` must be {expected} for {type(self).__name__}, got shape {tuple(x.shape)}.")
+        if x.device.type != "cpu" and self._takes_operators(x):
+            return self._by_operators(x)
         momentum = self._count_batch()
         use_batch = self.training or self.running_mean is None
         if self.training and self.synchronized and dist.is_initialized():
@@ -138,6 +141,20 @@ class LipschitzBatchNorm(BatchNorm):
         statistics = (None, None) if use_batch else running
         remember(value, x, lambda x: F.batch_norm(x, *statistics, scale, shift, use_batch, 0.0, self.eps))
         return value
+
+    def _takes_operators(self, x: Tensor) -> bool:
+        """Whether the statistics are those of this batch, and a GPU's kernels take it."""
+        if not (self.training or self.running_mean is None) or x.numel() <= x.shape[1]:
+            return False
+        if self.momentum is None or (self.synchronized and dist.is_initialized()):
+            return False
+        return takes_operators(x, self.weight, self.bias, self.log_gamma, self.running_mean)
+
+    def _by_operators(self, x: Tensor) -> Tensor:
+        statistics: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if self.training and self.track_running_stats:
+            statistics = self.running_mean, self.running_var, self.num_batches_tracked
+        return clipped_norm(x, self.weight, self.bias, self.log_gamma, statistics, cast(float, self.momentum), self.eps)
 
     def extra_repr(self) -> str:
         """Torch's arguments, γ now, and whether processes are synchronised."""

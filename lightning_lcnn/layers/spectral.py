@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,8 @@ from lightning_lcnn.functional.singular_vectors import (
     largest_singular_triplet,
     matrix_operator,
 )
-from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, scalar, whole
+from lightning_lcnn.kernels.layer_operators import scale_weight, takes_operators
+from lightning_lcnn.kernels.modes import needs_composite, on_plain_cpu, scalar, whole, without_autocast
 from lightning_lcnn.kernels.normalized_convolution import (
     Arguments,
     SharedGradient,
@@ -36,7 +38,7 @@ from lightning_lcnn.kernels.normalized_convolution import (
 # would cost as much as a second weight. So they share G until it changes. Who reads it is kept outside the layer, which
 # would otherwise hold weak references that cannot be pickled; weak keys, so that a layer goes when its network does.
 _SHARED: weakref.WeakKeyDictionary[nn.Module, SharedGradient] = weakref.WeakKeyDictionary()
-_PERTURBATION = 0.03  # costs 1e-5 of σ when nothing overtakes; without it a converged vector cannot change its mind
+PERTURBATION = 0.03  # costs 1e-5 of σ when nothing overtakes; without it a converged vector cannot change its mind
 _STATE = ("weight", "spectral_gradient", "right_vector")
 ConvT = TypeVar("ConvT", bound="SpectralConvNd")
 LinearT = TypeVar("LinearT", bound="SpectralLinear")
@@ -91,6 +93,18 @@ class SpectralLayer(nn.Module):
 
     def normalized_weight(self) -> Tensor:
         """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive."""
+        return self._normalized_weight(self.weight.dtype)
+
+    def _weight_of_forward(self) -> Tensor:
+        """The same, in the type to which autocast would convert it."""
+        kind = self.weight.device.type
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return self._normalized_weight(torch.get_autocast_dtype(kind) if mixed else self.weight.dtype)
+
+    def _normalized_weight(self, dtype: torch.dtype) -> Tensor:
+        if self.weight.device.type != "cpu" and takes_operators(self.weight, self.spectral_gradient, self.log_gamma):
+            gradient = self._shared_gradient().lend(self.spectral_gradient)
+            return scale_weight(self.weight, gradient, self.log_gamma, dtype)
         scale = self.slope() / positive_norm(self.sigma())
         return (self._accurate_weight() * scale).to(self.weight.dtype)
 
@@ -119,9 +133,11 @@ class SpectralLayer(nn.Module):
             return self.reset_spectral_norm()
         weight = self._accurate_weight()
         operator = self._operator(weight, self.right_vector.shape)
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             right = self.right_vector.to(weight.dtype)
-            start = _unit(right + _PERTURBATION * _unit(_random(tuple(right.shape), right.device).to(right.dtype)))
+            start = unit_vector(
+                right + PERTURBATION * unit_vector(random_vector(tuple(right.shape), right.device, right.dtype))
+            )
             triplet = filtered_power_iteration(operator.apply, operator.adjoint, start, num_iterations)
             self._store(operator, triplet)
         return triplet.residual
@@ -155,10 +171,13 @@ class SpectralLayer(nn.Module):
         shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
         weight = self._accurate_weight()
         operator = self._operator(weight, shape)
-        start = _random(shape, torch.device("cpu"))
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             triplet = largest_singular_triplet(
-                operator.apply, operator.adjoint, start.to(weight), tolerance, max_iterations
+                operator.apply,
+                operator.adjoint,
+                random_vector(shape, weight.device, weight.dtype),
+                tolerance,
+                max_iterations,
             )
             self._store(operator, triplet, right=known)
         return triplet.residual
@@ -231,12 +250,14 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     target.train(source.training)
 
 
-def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same vector at every call and on every rank, from a private generator: the global one stays untouched."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+@lru_cache(maxsize=64)
+def random_vector(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same vector at every call, on every rank and device: drawn once on the CPU, from a private generator."""
+    with torch.inference_mode(False):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _unit(vector: Tensor) -> Tensor:
+def unit_vector(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector)
 
 
@@ -340,7 +361,7 @@ class SpectralConvNd(SpectralLayer):
             gradient = self._shared_gradient().lend(self.spectral_gradient)
             log_gamma = None if self.log_gamma is None else scalar(self.log_gamma)
             return normalized_convolution(input, self.weight, self.bias, log_gamma, gradient, arguments)
-        return self._conv_forward(input, self.normalized_weight(), self.bias)
+        return self._conv_forward(input, self._weight_of_forward(), self.bias)
 
     def _arguments(self) -> Arguments | None:
         """What ``torch.convolution`` takes; None where the padding before and after a dimension differ."""
@@ -464,7 +485,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the normalised layer to (..., in_features)."""
-        return F.linear(input, self.normalized_weight(), self.bias)
+        return F.linear(input, self._weight_of_forward(), self.bias)
 
     def _operator(self, weight: Tensor, right_shape: Sequence[int]) -> LinearOperator:
         return matrix_operator(weight)

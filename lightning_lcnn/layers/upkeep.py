@@ -12,6 +12,7 @@ from lightning_lcnn._checks import check_int, check_non_negative
 from lightning_lcnn._compat import BatchNorm
 from lightning_lcnn.layers.activation import LearnableBeta
 from lightning_lcnn.layers.batch_norm import LipschitzBatchNorm
+from lightning_lcnn.layers.refresh import divided, update_together
 from lightning_lcnn.layers.spectral import SpectralLayer
 
 
@@ -181,7 +182,10 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 5) -> Tensor:
         True
     """
     check_int("num_iterations", num_iterations)
-    return _stacked([layer.update_spectral_norm(num_iterations) for layer in spectral_layers(module)], module).amax()
+    together, alone = divided(list(spectral_layers(module)))
+    residuals = [layer.update_spectral_norm(num_iterations) for layer in alone]
+    residuals += [update_together(layers, num_iterations) for layers in together]
+    return residuals[0] if len(residuals) == 1 else _stacked(residuals, module).amax()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lightning_lcnn._checks import check_choice, check_int, check_non_negative
 from lightning_lcnn._compat import is_compiled
 from lightning_lcnn.bounds import CurvatureGraph, trace
 from lightning_lcnn.functional.penalty_formulas import reference_penalty, sum_log_penalty
-from lightning_lcnn.kernels.modes import whole
+from lightning_lcnn.kernels.modes import whole, without_autocast
 from lightning_lcnn.layers.upkeep import log_betas, log_gammas
 
 Schedule = int | Callable[[int], float] | None
@@ -97,7 +97,7 @@ class Penalty:
         if self.needs_batch:
             return nullcontext()
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return torch.autocast(device.type, enabled=False)  # exp and log of β in bfloat16 keep two digits
+        return without_autocast(device)  # exp and log of β in bfloat16 keep two digits
 
     def current_weight(self, step: int | None = None) -> float:
         """λ at an optimizer step, λ·min(1, (step + 1)/n) for an integer schedule n."""

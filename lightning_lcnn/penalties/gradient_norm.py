@@ -13,6 +13,7 @@ from lightning_lcnn.functional.hessian_operator import graph_nodes, kinks_of
 from lightning_lcnn.functional.input_function import Adapter, unwrap
 from lightning_lcnn.functional.outputs import Output
 from lightning_lcnn.functional.penalty_formulas import gradient_norm_penalty, gradient_norm_penalty_by_difference
+from lightning_lcnn.kernels.modes import without_autocast
 from lightning_lcnn.penalties.curvature import Schedule
 from lightning_lcnn.penalties.input_gradient import (
     BatchFunction,
@@ -98,7 +99,7 @@ class GradientNormPenalty(InputGradientPenalty):
         _check_precision(x)
         if torch.is_autocast_enabled(x.device.type):
             logits = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             values, point = function.at(x, logits)
             check_smooth(function.passes.network, values, point)
             gradient = input_gradient(values, point, create_graph=False)

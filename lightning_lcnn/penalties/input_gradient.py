@@ -13,7 +13,7 @@ from lightning_lcnn._checks import check_positive
 from lightning_lcnn.functional.hessian_operator import graph_nodes, is_once_differentiable
 from lightning_lcnn.functional.input_function import Adapter, logits_of
 from lightning_lcnn.functional.outputs import Output, logit_margin, resolve_output, runner_up, target_logit
-from lightning_lcnn.kernels.modes import is_sharded
+from lightning_lcnn.kernels.modes import is_sharded, without_autocast
 from lightning_lcnn.penalties.curvature import Penalty, Schedule, network_of
 from lightning_lcnn.recording.extra_passes import ExtraPasses
 
@@ -108,7 +108,7 @@ def input_gradient(values: Tensor, point: Tensor, create_graph: bool) -> Tensor:
     """Gradient (B, ...) of the sum of the values by the point; the graph of the values stays."""
     gradient = None
     if values.requires_grad:
-        with torch.autocast(point.device.type, enabled=False):  # each operation keeps the type of its forward
+        with without_autocast(point.device):  # each operation keeps the type of its forward
             (gradient,) = torch.autograd.grad(
                 values.sum(), point, create_graph=create_graph, retain_graph=True, allow_unused=True
             )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn.bounds.rules.activations import Curve, curve_of_module
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
+from lightning_lcnn.kernels.log_rules import BATCH_NORM, PARAMETER, WEIGHT, Read, weight_sums
 from lightning_lcnn.kernels.modes import scalar, whole
 from lightning_lcnn.kernels.preserved_state import copy_without_hooks
 from lightning_lcnn.layers.activation import CenteredSoftplus
@@ -105,7 +106,7 @@ class Activation(Piece):
         return log_of(max_magnitude(self.read().slope)) if type(self.module) is not CenteredSoftplus else 0.0
 
     def log_bend(self) -> Number | None:
-        unit = self._bend_at_one()
+        unit = self.bend_at_one()
         if unit is not None:
             log_beta = whole(self.module.log_beta)  # type: ignore[union-attr]
             return (scalar(log_beta) if log_beta.numel() == 1 else log_beta.amax()) + math.log(unit)
@@ -114,7 +115,7 @@ class Activation(Piece):
         bend = max_magnitude(self.read().bend)
         return math.log(bend) if 0 < bend < math.inf else None
 
-    def _bend_at_one(self) -> float | None:
+    def bend_at_one(self) -> float | None:
         """For an activation whose curvature is proportional to its β: that at β = 1. Leaves β on its device."""
         if type(self.module) is CenteredSoftplus:
             return 0.25
@@ -324,6 +325,46 @@ def batch_norm_log_slopes(layers: Sequence[Any]) -> tuple[Tensor, ...]:
         limits = [unlimited if gamma is None else scalar(gamma).to(first.device, dtype) for gamma in gammas]
         log_slopes = torch.minimum(log_slopes, torch.stack(limits))
     return log_slopes.unbind()
+
+
+def readings(slopes: Sequence[Piece], bends: Sequence[Piece]) -> tuple[list[Tensor], list[Read]]:
+    """The tensors from which the logarithms of slopes and then of curvatures are read, and how, for one kernel.
+
+    Args:
+        slopes: Pieces whose ``log_slope`` is a tensor.
+        bends: Pieces whose ``log_bend`` is one.
+    """
+    tensors: list[Tensor] = []
+
+    def keep(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    reads = []
+    for piece in slopes:
+        if isinstance(piece, Diagonal):
+            layer = piece.module
+            gamma = getattr(layer, "log_gamma", None)
+            weight = None if layer.weight is None else whole(layer.weight)
+            places = keep(weight), keep(layer.running_var), keep(None if gamma is None else whole(gamma))
+            reads.append(Read(BATCH_NORM, places, layer.eps))
+        elif isinstance(piece, Weight) and not isinstance(piece.layer, SPECTRAL):
+            weight = piece.tensor()
+            groups = 1 if piece.geometry is None else piece.geometry["groups"]
+            taps = math.sqrt(weight[0, 0].numel() if weight.dim() > 2 else 1)
+            sums = keep(weight_sums(weight, groups))
+            reads.append(Read(WEIGHT, (sums,), taps, weight.shape[0], groups * weight.shape[1]))
+        else:
+            reads.append(Read(PARAMETER, (keep(torch.as_tensor(piece.log_slope())),)))
+    for piece in bends:
+        unit = piece.bend_at_one() if isinstance(piece, Activation) else None
+        if isinstance(piece, Activation) and unit is not None:
+            reads.append(Read(PARAMETER, (keep(whole(piece.module.log_beta)),), math.log(unit)))  # type: ignore[union-attr]
+        else:
+            reads.append(Read(PARAMETER, (keep(torch.as_tensor(piece.log_bend())),)))
+    return tensors, reads
 
 
 @lru_cache(maxsize=64)
