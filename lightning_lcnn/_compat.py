@@ -74,6 +74,11 @@ def depends_on_values(error: Exception) -> bool:
     return isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Write many tensors over others in one launch; torch's optimizers do so by functions that are not public."""
+    torch._foreach_copy_(targets, sources)
+
+
 # torch: tensors and autograd
 
 

@@ -490,3 +490,9 @@ def test_storage_address() -> None:
     x = torch.ones(4)
     assert _compat.storage_address(x) == _compat.storage_address(x[2:].view(2))
     assert _compat.storage_address(x) != _compat.storage_address(x.clone())
+
+
+def test_copy_all() -> None:
+    targets = [torch.zeros(2), torch.zeros(3)]
+    _compat.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
+    assert [t.tolist() for t in targets] == [[1.0, 1.0], [2.0, 2.0, 2.0]]

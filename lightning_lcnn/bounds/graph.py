@@ -94,7 +94,8 @@ class CurvatureGraph:
             >>> round(trace(net).surrogate().log_ratio.exp().item(), 4)  # (8/4) * 2
             4.0
         """
-        if not needs_composite() and runs_operators(self._device()):
+        device = self._where()
+        if device.type != "cpu" and not needs_composite() and runs_operators(device):
             tensors, reads = readings([s.piece for s in self._slope_leaves], [s.piece for s in self._bend_leaves])
             if all(tensor.device == tensors[0].device for tensor in tensors):
                 return self._by_operators(tensors, reads)
@@ -103,7 +104,7 @@ class CurvatureGraph:
         log_slope, log_curvature = self._recursion.totals(segments, contributions)
         return self._surrogate(log_slope, log_curvature, log_curvature - log_slope, slopes, bends)
 
-    def _device(self) -> torch.device:
+    def _where(self) -> torch.device:
         """Where the parameters of the first layer are that has any."""
         modules = (step.module for step in (*self._slope_leaves, *self._bend_leaves) if step.module is not None)
         return next((tensor.device for m in modules for tensor in (*m.parameters(), *m.buffers())), torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lcnn._compat import copy_all
 from lightning_lcnn.functional.singular_vectors import ConvGeometry, conv_adjoint, conv_apply, conv_weight_gradient
 from lightning_lcnn.kernels.layer_operators import takes_operators
 from lightning_lcnn.kernels.modes import without_autocast
@@ -46,7 +47,7 @@ class _Convolutions:
 
     def __init__(self, layers: Sequence[SpectralLayer], weights: Sequence[Tensor]) -> None:
         self.layers = [cast(SpectralConvNd, layer) for layer in layers]
-        first, geometries = self.layers[0], [layer._geometry() for layer in self.layers]
+        first, geometries = self.layers[0], [layer.geometry() for layer in self.layers]
         self.paddings = [geometry.padding for geometry in geometries]
         padding = tuple(
             (max(b for b, _ in sides), max(a for _, a in sides)) for sides in zip(*self.paddings, strict=True)
@@ -145,7 +146,7 @@ def update_together(layers: Sequence[SpectralLayer], num_iterations: int) -> Ten
         pairs = zip(groups, cut(left), cut(right, left=False), strict=True)
         gradients = [gradient for group, u, v in pairs for gradient in group.gradients(u, v)]
         for layer in ordered:
-            layer._shared_gradient().before_change()
+            layer.shared_gradient().before_change()
         vectors = right.split([math.prod(shape) for shape in shapes])
         _copy([layer.spectral_gradient for layer in ordered], gradients)
         _copy([layer.right_vector for layer in ordered], [v.view(s) for v, s in zip(vectors, shapes, strict=True)])
@@ -158,7 +159,7 @@ def _groups(layers: Sequence[SpectralLayer]) -> list[_Group]:
         found.setdefault(_kind(layer), []).append(layer)
     groups: list[_Group] = []
     for members in found.values():
-        weights = [layer._accurate_weight() for layer in members]
+        weights = [layer.accurate_weight() for layer in members]
         kind = _Convolutions if isinstance(members[0], SpectralConvNd) else _Matrices
         groups.append(kind(members, weights))
     return groups
@@ -168,7 +169,7 @@ def _kind(layer: SpectralLayer) -> Any:
     """What layers must have in common to be one group."""
     if not isinstance(layer, SpectralConvNd):
         return tuple(layer.weight.shape)
-    geometry = layer._geometry()
+    geometry = layer.geometry()
     key = tuple(layer.right_vector.shape), layer.weight.shape[0], layer.groups, geometry.stride, geometry.dilation
     if max(geometry.dilation) > 1:
         return *key, geometry.kernel_size, geometry.padding
@@ -179,7 +180,7 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """One launch for what is contiguous."""
     plain = [t.is_contiguous() and s.is_contiguous() for t, s in zip(targets, sources, strict=True)]
     if any(plain):
-        torch._foreach_copy_(
+        copy_all(
             [t for t, p in zip(targets, plain, strict=True) if p], [s for s, p in zip(sources, plain, strict=True) if p]
         )
     for target, source, p in zip(targets, sources, plain, strict=True):

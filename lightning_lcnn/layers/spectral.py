@@ -89,7 +89,7 @@ class SpectralLayer(nn.Module):
         if torch.is_grad_enabled():
             # Autograd keeps it: a refresh, or the buffer broadcast of DDP, may come before backward.
             gradient = gradient.clone()
-        return inner_product(self._accurate_weight(), gradient)
+        return inner_product(self.accurate_weight(), gradient)
 
     def normalized_weight(self) -> Tensor:
         """The weight that :meth:`forward` uses, W γ/σ; W γ where σ is not positive."""
@@ -103,10 +103,10 @@ class SpectralLayer(nn.Module):
 
     def _normalized_weight(self, dtype: torch.dtype) -> Tensor:
         if self.weight.device.type != "cpu" and takes_operators(self.weight, self.spectral_gradient, self.log_gamma):
-            gradient = self._shared_gradient().lend(self.spectral_gradient)
+            gradient = self.shared_gradient().lend(self.spectral_gradient)
             return scale_weight(self.weight, gradient, self.log_gamma, dtype)
         scale = self.slope() / positive_norm(self.sigma())
-        return (self._accurate_weight() * scale).to(self.weight.dtype)
+        return (self.accurate_weight() * scale).to(self.weight.dtype)
 
     @torch.no_grad()
     def update_spectral_norm(self, num_iterations: int = 5) -> Tensor:
@@ -131,7 +131,7 @@ class SpectralLayer(nn.Module):
         """
         if self.right_vector.numel() == 0:
             return self.reset_spectral_norm()
-        weight = self._accurate_weight()
+        weight = self.accurate_weight()
         operator = self._operator(weight, self.right_vector.shape)
         with without_autocast(weight.device):
             right = self.right_vector.to(weight.dtype)
@@ -169,7 +169,7 @@ class SpectralLayer(nn.Module):
         """
         known = self.right_vector.numel() > 0
         shape = tuple(self.right_vector.shape) if known else self._default_right_shape()
-        weight = self._accurate_weight()
+        weight = self.accurate_weight()
         operator = self._operator(weight, shape)
         with without_autocast(weight.device):
             triplet = largest_singular_triplet(
@@ -190,12 +190,12 @@ class SpectralLayer(nn.Module):
         self.reset_spectral_norm()
 
     def _store(self, operator: LinearOperator, triplet: SingularTriplet, right: bool = True) -> None:
-        self._shared_gradient().before_change()
+        self.shared_gradient().before_change()
         self.spectral_gradient.copy_(operator.weight_gradient(triplet.left, triplet.right))
         if right:
             self.right_vector.copy_(triplet.right)
 
-    def _shared_gradient(self) -> SharedGradient:
+    def shared_gradient(self) -> SharedGradient:
         """Who still reads G; outside the module, which can so be copied and pickled at any time."""
         return _SHARED.setdefault(self, SharedGradient())
 
@@ -205,7 +205,8 @@ class SpectralLayer(nn.Module):
             known = self.right_vector.numel() > 0
             self.reset_spectral_norm(max_iterations=240 if known else 12)
 
-    def _accurate_weight(self) -> Tensor:
+    def accurate_weight(self) -> Tensor:
+        """The weight, whole, in at least float32."""
         weight = whole(self.weight)
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -358,7 +359,7 @@ class SpectralConvNd(SpectralLayer):
             self._see_input((self.in_channels, *input.shape[2 - self.weight.dim() :]))
         arguments = self._arguments()
         if arguments is not None and self._is_eager(input):
-            gradient = self._shared_gradient().lend(self.spectral_gradient)
+            gradient = self.shared_gradient().lend(self.spectral_gradient)
             log_gamma = None if self.log_gamma is None else scalar(self.log_gamma)
             return normalized_convolution(input, self.weight, self.bias, log_gamma, gradient, arguments)
         return self._conv_forward(input, self._weight_of_forward(), self.bias)
@@ -367,7 +368,7 @@ class SpectralConvNd(SpectralLayer):
         """What ``torch.convolution`` takes; None where the padding before and after a dimension differ."""
         padding = self.padding
         if isinstance(padding, str):
-            pairs = self._geometry().padding
+            pairs = self.geometry().padding
             if any(before != after for before, after in pairs):
                 return None
             padding = tuple(before for before, _ in pairs)
@@ -390,7 +391,7 @@ class SpectralConvNd(SpectralLayer):
     def _right_shape(self, input_size: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if input_size is None:
             return None
-        geometry = self._geometry()
+        geometry = self.geometry()
         fits = len(input_size) == len(self.kernel_size) and min(geometry.output_size(input_size)) > 0
         if not fits:
             raise ValueError(
@@ -399,11 +400,12 @@ class SpectralConvNd(SpectralLayer):
             )
         return (self.in_channels, *input_size)
 
-    def _geometry(self) -> ConvGeometry:
+    def geometry(self) -> ConvGeometry:
+        """How the convolution slides."""
         return conv_geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
 
     def _operator(self, weight: Tensor, right_shape: Sequence[int]) -> LinearOperator:
-        return conv_operator(weight, right_shape[1:], self._geometry())
+        return conv_operator(weight, right_shape[1:], self.geometry())
 
     def _default_right_shape(self) -> tuple[int, ...]:
         extents = zip(self.kernel_size, self.dilation, strict=True)

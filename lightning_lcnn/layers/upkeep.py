@@ -182,7 +182,10 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 5) -> Tensor:
         True
     """
     check_int("num_iterations", num_iterations)
-    together, alone = divided(list(spectral_layers(module)))
+    together: list[list[SpectralLayer]] = []
+    alone = list(spectral_layers(module))
+    if any(layer.weight.device.type != "cpu" for layer in alone):
+        together, alone = divided(alone)
     residuals = [layer.update_spectral_norm(num_iterations) for layer in alone]
     residuals += [update_together(layers, num_iterations) for layers in together]
     return residuals[0] if len(residuals) == 1 else _stacked(residuals, module).amax()
