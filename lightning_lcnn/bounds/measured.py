@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lightning_lcnn._compat import hook_tables, uncompiled
 from lightning_lcnn.bounds.recorded_steps import RecordedStep, build_recorded_steps
-from lightning_lcnn.bounds.rules.modules import is_known
+from lightning_lcnn.bounds.rules.modules import is_known, rule_for
 from lightning_lcnn.bounds.rules.pieces import Diagonal, LayerBound, Shape, Weight
 from lightning_lcnn.bounds.steps import Step
 from lightning_lcnn.kernels.modes import unsharded
+from lightning_lcnn.recording.fingerprint import fingerprint
+from lightning_lcnn.recording.nodes import Layer
 from lightning_lcnn.recording.program import check_program, record_program
 
 
@@ -66,6 +68,18 @@ def measure(model: nn.Module, example_input: Tensor) -> MeasuredNetwork:
     check_program(model, program, example_input)
     network = MeasuredNetwork(tuple(r.step for r in recorded), tuple(r.shape for r in recorded), ())
     return replace(network, bounds=_certified(network, recorded))
+
+
+def identity(model: nn.Module, example_input: Tensor) -> tuple[Any, ...] | None:
+    """What the bounds of a model depend on: equal for two calls only where the bounds are; None where not known.
+
+    The function that ran, with the contents of its parameters, and the rules of its layers.
+    """
+    model = _checked(model, example_input)
+    program = record_program(model, example_input, is_known)
+    digest = fingerprint(model, program)
+    layers = [model.get_submodule(node.path) for node in program.nodes if isinstance(node, Layer)]
+    return None if digest is None else (digest, *(rule_for(layer) for layer in layers))
 
 
 def _checked(model: nn.Module, example_input: Tensor) -> nn.Module:

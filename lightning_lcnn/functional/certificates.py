@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def lipschitz_radius(margin: Tensor, slope: Tensor) -> Tensor:
         >>> lipschitz_radius(torch.tensor([1.0, -1.0]), torch.tensor(4.0))
         tensor([0.2500, 0.0000])
     """
-    return _cleaned(margin / slope, margin)
+    wide = exact(margin)
+    return rounded_down(_cleaned(wide / exact(slope), wide), torch.promote_types(margin.dtype, slope.dtype))
 
 
 def taylor_radius(margin: Tensor, gradient_norm: Tensor, curvature: Tensor) -> Tensor:
@@ -52,8 +54,11 @@ def taylor_radius(margin: Tensor, gradient_norm: Tensor, curvature: Tensor) -> T
         >>> taylor_radius(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([4.0, float("inf")]))
         tensor([0.5000, 0.0000])
     """
+    types = (margin.dtype, gradient_norm.dtype, curvature.dtype)
+    margin, gradient_norm, curvature = exact(margin), exact(gradient_norm), exact(curvature)
     root = (gradient_norm.square() + 2 * curvature * margin.clamp_min(0)).sqrt()
-    return _cleaned(2 * margin / (gradient_norm + root), margin)
+    radius = _cleaned(2 * margin / (gradient_norm + root), margin)
+    return rounded_down(radius, reduce(torch.promote_types, types))
 
 
 def second_order_dual_radius(
@@ -98,6 +103,7 @@ def second_order_dual_radius(
     check_int("num_outer", num_outer)
     check_int("num_inner", num_inner)
     margin, gradient = _value_and_gradient(function, x)
+    dtype, x, negative, positive = x.dtype, exact(x), exact(negative), exact(positive)
     # a larger K⁻ is still a bound; it limits η where K⁻ is nearly 0, at the price of 0.03 % of the radius
     flat = gradient.flatten(1).square().sum(1) / margin.clamp_min(1e-30)
     bend = torch.maximum(negative, 1e-3 * flat).clamp_min(1e-12)
@@ -107,14 +113,15 @@ def second_order_dual_radius(
         eta = high if step == 0 else (low + high) / 2
         rate = 1 / (1 + eta * positive.clamp(0, 1e30))
         for _ in range(num_inner):
-            _, gradient = _value_and_gradient(function, y)
+            _, gradient = _value_and_gradient(function, y.to(dtype))
             y = y - _per_example(rate, y) * (y - x + _per_example(eta, y) * gradient)
-        value, gradient = _value_and_gradient(function, y)
+        y = exact(y.to(dtype))  # the point at which the network runs
+        value, gradient = _value_and_gradient(function, y.to(dtype))
         slope = (y - x + _per_example(eta, y) * gradient).flatten(1).square().sum(1)
         dual = (y - x).flatten(1).square().sum(1) / 2 + eta * value - slope / (2 * (1 - eta * bend))
         best = torch.maximum(best, dual.nan_to_num(0.0, 0.0, 0.0))
         low, high = torch.where(value > 0, eta, low), torch.where(value > 0, high, eta)
-    return _cleaned((2 * best).sqrt(), margin)
+    return rounded_down(_cleaned((2 * best).sqrt(), margin), dtype)
 
 
 def _value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +129,19 @@ def _value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tupl
         x = x.detach().requires_grad_()
         value = function(x)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), gradient
+    return exact(value.detach()), exact(gradient)
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float64, but for devices that have none."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def rounded_down(radius: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of a type that is not above the radius."""
+    rounded = radius.to(dtype)
+    below = rounded - rounded.abs() * torch.finfo(dtype).eps
+    return torch.where(exact(rounded) > radius, below, rounded)
 
 
 def _per_example(values: Tensor, like: Tensor) -> Tensor:

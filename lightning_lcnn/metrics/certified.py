@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int, check_positive
-from lightning_lcnn._compat import version_of
 from lightning_lcnn.bounds import MarginBounds, margin_bounds
-from lightning_lcnn.functional.certificates import lipschitz_radius, second_order_dual_radius, taylor_radius
+from lightning_lcnn.bounds.measured import identity
+from lightning_lcnn.functional.certificates import (
+    exact,
+    lipschitz_radius,
+    rounded_down,
+    second_order_dual_radius,
+    taylor_radius,
+)
 from lightning_lcnn.functional.input_function import check_inputs, check_logits, check_model, logits_of, unwrap
 from lightning_lcnn.kernels.preserved_state import measuring
 from lightning_lcnn.metrics.base import MeasuringMetric
+from lightning_lcnn.recording.untouched import evaluation_copy
 
 
 class CertifiedAccuracy(MeasuringMetric):
@@ -25,9 +33,10 @@ class CertifiedAccuracy(MeasuringMetric):
 
     with the margin m_j = z_t - z_j to every other class j, its gradient norm g_j at x, and slope and curvature bounds
     L_j, K_j of :func:`lightning_lcnn.bounds.margin_bounds`. An example counts at radius ρ where it is classified right
-    and r(x) >= ρ. Rounding in the network's own forward is no part of the proof; measure in float64 where it matters.
-    Expect something from shallow networks trained for it, and nothing from deep ones: without a finite curvature bound
-    only the Lipschitz certificate remains. The bounds are computed again when parameters have changed.
+    and r(x) >= ρ. Bounds, margins and radii are computed in float64, whatever the network's type, from the smaller
+    of its own margin and that in float64; rounding in its forward at other points is no part of the proof. Expect
+    something from shallow networks trained for it, and nothing from deep ones: without a finite curvature bound only
+    the Lipschitz certificate remains. The bounds are computed again unless the same operations ran on the same numbers.
 
     Args:
         radii: the ρ, in units of the input, or of the pixels with ``normalization``.
@@ -100,51 +109,80 @@ class CertifiedAccuracy(MeasuringMetric):
                 network = _Normalized(network, *self.normalization, x)
                 x = network.undo(x)
             correct, lipschitz, radius = self._radii_of(network, x, target)
-        limits = torch.tensor(self.radii, device=x.device)
+        limits = torch.tensor(self.radii, dtype=radius.dtype, device=x.device)
         device = self.num_examples.device
         self.clean_correct = self.clean_correct + correct.sum().to(device)
         self.certified = self.certified + (radius[:, None] >= limits).sum(0).to(device)
         self.lipschitz_certified = self.lipschitz_certified + (lipschitz[:, None] >= limits).sum(0).to(device)
-        self.radius_sum = self.radius_sum + self._as_state(radius.sum())
+        total = exact(self.radius_sum) + radius.sum().to(device)
+        self.radius_sum = rounded_down(total, self.radius_sum.dtype)
 
     def _radii_of(self, network: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether right, the Lipschitz radius and the best one, each (B,)."""
+        """Whether right, the Lipschitz radius and the best one, each (B,), the radii in float64."""
         with torch.no_grad():
-            logits = logits_of(network, x, None)
+            logits = logits_of(network, x.clone(), None)  # a network may change its input in place
         check_logits(logits, target)
+        correct = logits.argmax(1) == target
         bounds = self._margin_bounds(network, x)
         lipschitz, best = [], []
-        for other in range(logits.shape[1]):
-            margins = _Margins(network, target, other)
-            first, second = _certify(margins, x, bounds, self.dual_steps)
-            lipschitz.append(first)
-            best.append(second)
-        return logits.argmax(1) == target, torch.stack(lipschitz).amin(0), torch.stack(best).amin(0)
+        with _exactly(network, x) as point:
+            for other in range(logits.shape[1]):
+                margins = _Margins(network, target, other, logits, point)
+                first, second = _certify(margins, point, bounds, self.dual_steps)
+                lipschitz.append(first)
+                best.append(second)
+        first, second = (torch.stack(found).amin(0).masked_fill(~correct, 0.0) for found in (lipschitz, best))
+        return correct, first, second
 
     def _margin_bounds(self, network: nn.Module, x: Tensor) -> MarginBounds:
-        key = _fingerprint(network.network if isinstance(network, _Normalized) else network, x)
-        if self._bounds is None or self._bounds[0] != key:
+        """Kept from the last update where the same operations ran on the same numbers."""
+        key = identity(network, x[:1])
+        if key is None or self._bounds is None or self._bounds[0] != key:
             self._bounds = (key, margin_bounds(network, x[:1]))
         return self._bounds[1]
 
     def compute(self) -> dict[str, Tensor]:
         """Return all values, each of shape (); NaN where no example was measured."""
         result = {"clean_accuracy": self.clean_correct / self.num_examples}
-        result["mean_radius"] = self.radius_sum / self.num_examples
+        mean = exact(self.radius_sum) / self.num_examples
+        result["mean_radius"] = rounded_down(mean, self.radius_sum.dtype)
         for i, radius in enumerate(self.radii):
             result[f"certified_accuracy_{radius:g}"] = self.certified[i] / self.num_examples
             result[f"lipschitz_accuracy_{radius:g}"] = self.lipschitz_certified[i] / self.num_examples
         return result
 
 
-class _Margins:
-    """x -> z_target - z_other for examples that may be selected; +∞ where the target is that class."""
+@contextmanager
+def _exactly(network: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Let the network work in float64, and yield the input for it; in its own type where its code insists on one."""
+    try:
+        with evaluation_copy(network, double=True), torch.no_grad():
+            in_double = network(x.double()).dtype == torch.float64
+    except (RuntimeError, TypeError):
+        in_double = False
+    if in_double:
+        with evaluation_copy(network, double=True):
+            yield x.double()
+    else:
+        yield x
 
-    def __init__(self, network: nn.Module, target: Tensor, other: int) -> None:
+
+class _Margins:
+    """x -> z_target - z_other in float64, for examples that may be selected; 0 where the target is that class.
+
+    Lowered by what it has over the margin of the network in its own type, which is the one that users see.
+    """
+
+    def __init__(self, network: nn.Module, target: Tensor, other: int, logits: Tensor, point: Tensor) -> None:
         self.network, self.target, self.other = network, target, other
+        with torch.no_grad():
+            self._excess = (self._of(logits_of(network, point.clone(), None)) - self._of(logits)).clamp_min(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = logits_of(self.network, x, None)
+        return self._of(logits_of(self.network, x.clone(), None)) - self._excess
+
+    def _of(self, logits: Tensor) -> Tensor:
+        logits = logits.double()
         return logits.gather(1, self.target[:, None])[:, 0] - logits[:, self.other]
 
 
@@ -152,19 +190,18 @@ def _certify(margins: _Margins, x: Tensor, bounds: MarginBounds, dual_steps: int
     """Lipschitz radius and the largest of all, towards one other class, each (B,); infinite for the target itself."""
     pairs = (margins.target, margins.other)
     slope, negative, positive = (
-        table.to(x.device)[pairs].to(x.dtype) for table in (bounds.slope, bounds.negative, bounds.positive)
+        table.to(x.device)[pairs] for table in (bounds.slope, bounds.negative, bounds.positive)
     )
     with torch.enable_grad():
-        point = x.requires_grad_()
+        point = x.detach().requires_grad_()
         margin = margins(point)
         (gradient,) = torch.autograd.grad(margin.sum(), point)
-    x = x.detach()
     margin = margin.detach()
     lipschitz = lipschitz_radius(margin, slope)
-    best = torch.maximum(lipschitz, taylor_radius(margin, gradient.flatten(1).norm(dim=1), negative))
+    best = torch.maximum(lipschitz, taylor_radius(margin, gradient.double().flatten(1).norm(dim=1), negative))
     if dual_steps and bool((margin > 0).any()) and bool(negative.isfinite().all()):
         dual = second_order_dual_radius(margins, x, negative, positive, num_outer=dual_steps)
-        best = torch.maximum(best, dual)
+        best = torch.maximum(best, dual.double())
     same = margins.target == margins.other
     return lipschitz.masked_fill(same, torch.inf), best.masked_fill(same, torch.inf)
 
@@ -189,11 +226,3 @@ class _Normalized(nn.Module):
     def undo(self, x: Tensor) -> Tensor:
         """Pixels of normalised inputs."""
         return x * self.std + self.mean
-
-
-def _fingerprint(network: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """Changes when a parameter, a buffer, a layer or the input's shape does."""
-    tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
-    sums = torch.stack([t.detach().double().norm() for t in tensors]).tolist() if tensors else []
-    identity = [(t.data_ptr(), version_of(t)) for t in tensors]
-    return (tuple(x.shape[1:]), repr(network), *identity, *sums)

@@ -135,11 +135,12 @@ def _check_randomness(program: Program) -> None:
 
 
 def _draws(node: Operation) -> bool:
-    """Attention is tagged too, for its dropout: it has no rule, which is the better reason. RReLU draws in training."""
-    name = node.target.overloadpacket.__name__
-    if name == "rrelu_with_noise":
-        return bool(dict(node.kwargs).get("training", len(node.args) > 4 and node.args[4]))
-    return torch.Tag.nondeterministic_seeded in node.target.tags and not name.startswith("_scaled_dot_product")
+    """Attention is tagged too, for its dropout: it has no rule, the better reason. Some draw in training only."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    off = "training" in names and not given.get("training", False)
+    attention = node.target.overloadpacket.__name__.startswith("_scaled_dot_product")
+    return torch.Tag.nondeterministic_seeded in node.target.tags and not off and not attention
 
 
 def _check_writes(program: Program) -> None:

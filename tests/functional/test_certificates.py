@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,6 +168,90 @@ def test_bounds_are_reused_until_parameters_change(monkeypatch: pytest.MonkeyPat
     metric.update(net, *batch)
     assert len(calls) == 2
     assert pickle.loads(pickle.dumps(metric)).compute() == copy.deepcopy(metric).compute() == metric.compute()
+
+
+class Scaled(nn.Module):
+    """A network behind a factor that is neither parameter nor buffer."""
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.scale * x)
+
+
+def change_attribute(model: Any) -> None:
+    model.scale = 5.0
+
+
+def change_data(model: Any) -> None:
+    model.network[0].weight.data.copy_(model.network[0].weight.data.flip(1))  # of equal norm, unseen by versions
+
+
+def change_eps(model: Any) -> None:
+    model.network[1].eps = 1e-3
+
+
+def add_hook(model: Any) -> None:
+    model.network[0].register_forward_hook(lambda module, args, output: 3 * output)
+
+
+@pytest.mark.parametrize("change", [change_attribute, change_data, change_eps, add_hook])
+def test_bounds_of_a_changed_network_are_its_own(change: Callable[[Any], None]) -> None:
+    layers = nn.Linear(2, 4), nn.BatchNorm1d(4, eps=0.1), nn.Tanh(), nn.Linear(4, 2)
+    model = Scaled(nn.Sequential(*layers), 0.1).double().eval()
+    nn.init.uniform_(layers[1].running_var, 0.01, 0.02)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    kept = CertifiedAccuracy(dual_steps=0)
+    kept.update(model, x, model(x).argmax(1))
+    change(model)
+    target = model(x).argmax(1)
+    kept.reset()
+    fresh = CertifiedAccuracy(dual_steps=0)
+    for metric in (kept, fresh):
+        metric.update(model, x, target)
+    assert kept.compute() == fresh.compute()
+    assert kept._bounds[0] == fresh._bounds[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_certificates_of_low_precision_stay_below_the_exact_radius(dtype: torch.dtype) -> None:
+    for _ in range(20):
+        layer = nn.Linear(6, 2).to(dtype)
+        x = torch.randn(1, 6).to(dtype)
+        logits = layer(x)[0].detach().double()
+        best = int(logits.argmax())
+        weight = layer.weight.detach().double()
+        gradient = weight[best] - weight[1 - best]
+        exact = float((logits[best] - logits[1 - best]) / gradient.norm())
+        metric = CertifiedAccuracy(dual_steps=4)
+        radius = metric._radii_of(nn.Sequential(layer).eval(), x, torch.tensor([best]))[2]
+        assert radius.dtype == torch.float64
+        assert 0.9 * exact - 0.05 <= float(radius) <= exact
+        metric.update(nn.Sequential(layer).eval(), x, torch.tensor([best]))
+        assert float(metric.compute()["mean_radius"]) <= exact
+
+
+def test_radii_in_low_precision_are_rounded_down() -> None:
+    margin, slope = torch.rand(200) + 0.1, torch.rand(200) + 0.1
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        m, s = margin.to(dtype), slope.to(dtype)
+        for radius in (lipschitz_radius(m, s), taylor_radius(m, s, torch.zeros(200, dtype=dtype))):
+            assert radius.dtype == dtype
+            assert (radius.double() <= m.double() / s.double() * (1 + 1e-15)).all()
+            assert (radius.double() >= m.double() / s.double() * (1 - 2 * torch.finfo(dtype).eps)).all()
+
+
+def test_a_first_layer_in_place_leaves_the_batch_alone() -> None:
+    net = nn.Sequential(CenteredSoftplus(2.0, inplace=True), nn.Linear(3, 2)).eval()
+    x = torch.randn(4, 3)
+    before = x.clone()
+    metric = CertifiedAccuracy(dual_steps=2)
+    metric.update(net, x, net(x.clone()).argmax(1))
+    assert torch.equal(x, before)
+    assert metric.compute()["clean_accuracy"] == 1
+    assert metric.compute()["mean_radius"] > 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lightning_lcnn.bounds.rules.aten_calls import Call, Found, Part, register, 
 from lightning_lcnn.bounds.rules.normalizations import over_last
 from lightning_lcnn.bounds.rules.pieces import Activation, Product, Scale, Sum
 from lightning_lcnn.functional import curves
+from lightning_lcnn.functional.bends import NAMED
 from lightning_lcnn.recording.nodes import Ref
 
 
@@ -78,8 +79,9 @@ def _inverse(constant: Callable[[], Any]) -> Any:
 
 def _softsign(call: Call, x: Any, below: Any) -> Part | None:
     """X / (1 + |x|)."""
-    added = call.source.producer(below, "add")
-    inner = None if added is None else call.source.producer(added.get("self"), "abs")
+    magnitude, total, _ = NAMED["softsign"].parts
+    added = call.source.producer(below, total)
+    inner = None if added is None else call.source.producer(added.get("self"), magnitude)
     if added is None or inner is None or inner.get("self") != x or added.get("other") != 1 or added.get("alpha") != 1:
         return None
     return Part(Activation(curves.softsign), (x,))

@@ -105,6 +105,11 @@ def piece_of(module: nn.Module) -> Piece:
     return _RULES[exact_type(module)](module)
 
 
+def rule_for(module: nn.Module) -> Callable[[Any], Piece] | None:
+    """The rule as it is registered now, None where there is none."""
+    return _RULES.get(exact_type(module))
+
+
 def exact_type(module: nn.Module) -> type[nn.Module]:
     """The class that decides the rule; torch's parametrizations change tensors, not the forward."""
     return parametrize.type_before_parametrizations(module)
