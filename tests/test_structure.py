@@ -117,13 +117,14 @@ SMALL = {
     "conversion/source.py": "an old path",
     "cli/report.py": "a command; the table of commands imports it by name",
     "bounds/rules/aten_activations.py": "one file for each subject of the rules for recorded operations",
+    "recording/untouched.py": "what recording must leave behind, apart from what it records",
     "functional/softplus.py": "the formula of the method, with its documentation",
 }
 
 
 def test_few_rooms() -> None:
     """A file of forty lines with one caller is a corridor: it belongs to its caller."""
-    assert len(FILES) <= 150  # 155 in 0.1, which had no recorder of what ran
+    assert len(FILES) <= 155  # 128 when the rooms were put in order; since then the recorder and the kernels of a GPU
     for path in FILES:
         name = str(path.relative_to(PACKAGE))
         if path.name != "__init__.py" and name not in SMALL and len(path.read_text().splitlines()) < 60:

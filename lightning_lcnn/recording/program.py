@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lcnn._compat import schema_of
 from lightning_lcnn.recording.nodes import Operation, Place, Program, Ref, references
 from lightning_lcnn.recording.recorder import NotRecordedError, Recorder
 from lightning_lcnn.recording.untouched import evaluation_copy
@@ -136,7 +137,7 @@ def _check_randomness(program: Program) -> None:
 
 def _draws(node: Operation) -> bool:
     """Attention is tagged too, for its dropout: it has no rule, the better reason. Some draw in training only."""
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     off = "training" in names and not given.get("training", False)
     attention = node.target.overloadpacket.__name__.startswith("_scaled_dot_product")
