@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_lcnn.bounds.forward import (
+    TINY,
     Forward,
     LinearMap,
     concat_dim,
     is_whole,
     magnitude,
+    norm_of,
     per_channel,
     plain,
     window_maximum,
@@ -45,9 +47,13 @@ class Gradient:
     def tightened(self) -> Gradient:
         """Intersection of what the intervals and the norm say."""
         widest = torch.maximum(self.low.abs(), self.high.abs()).flatten(1)
-        norm = torch.minimum(self.norm, torch.linalg.vector_norm(widest, dim=1))
+        norm = torch.minimum(self.norm, norm_of(widest, heads=1))
         limit = _heads(norm, self.low)
         return Gradient(torch.maximum(self.low, -limit), torch.minimum(self.high, limit), norm)
+
+    def widened(self) -> Gradient:
+        """By what a product may have lost when it left the range of float64."""
+        return Gradient(self.low - TINY, self.high + TINY, self.norm + TINY)
 
     def within(self, limit: Tensor) -> Gradient:
         """Intersection with [-limit, limit]."""
@@ -83,14 +89,14 @@ def backward_pass(network: MeasuredNetwork, forward: Forward, output: Gradient) 
     for i in range(len(network.steps) - 1, 0, -1):
         if i not in gradients:
             continue
-        gradient = gradients.pop(i).tightened()
+        gradient = gradients.pop(i).widened().tightened()
         if float(network.bounds[i].curvature) > 0:
             plus, minus = _curvature(network, forward, i, gradient)
             positive, negative = positive + plus, negative + minus
             contributions[i] = torch.maximum(plus, minus)
         for source, part in zip(network.steps[i].inputs, _pull_back(network, forward, i, gradient), strict=True):
             gradients[source] = gradients[source] + part if source in gradients else part
-    slope = gradients[0].tightened().norm
+    slope = gradients[0].widened().tightened().norm
     return BackwardBounds(_known(slope), _known(positive), _known(negative), contributions)
 
 
@@ -162,25 +168,36 @@ def _curvature(network: MeasuredNetwork, forward: Forward, i: int, gradient: Gra
     if math.isinf(curvature):
         return torch.full_like(gradient.norm, math.inf), torch.full_like(gradient.norm, math.inf)
     if not isinstance(step.piece, Activation):
-        both = gradient.norm * curvature * forward.slopes[source] * forward.slopes[source]
+        both = _product(gradient.norm, curvature, forward.slopes[source], forward.slopes[source])
         if not isinstance(step.piece, Smooth) or step.piece.windows is None:
             return both, both
         pooled = _pool_curvature(step.piece.windows, network, forward, source, gradient)
         return torch.minimum(both, pooled[0]), torch.minimum(both, pooled[1])
     low, high = (per_channel(_as_tensor(end), gradient.low[0]) for end in step.piece.read().bend)
     products = torch.stack([gradient.low * low, gradient.low * high, gradient.high * low, gradient.high * high])
-    plus, minus = products.amax(0).clamp_min(0), (-products).amax(0).clamp_min(0)
+    plus, minus = products.amax(0).clamp_min(0) + TINY, (-products).amax(0).clamp_min(0) + TINY
     bend = per_channel(magnitude(step.piece.read().bend), gradient.low[0])
-    whole = gradient.norm * _curvature_as_vector(forward, source, bend)
+    whole = (gradient.norm.log() + _log_curvature_as_vector(forward, source, bend)).exp()
     terms = (_largest_eigenvalue(network, forward, source, c) for c in (plus, minus))
     plus, minus = (torch.minimum(term, whole) for term in terms)
     return plus, minus
 
 
-def _curvature_as_vector(forward: Forward, source: int, bend: Tensor) -> Tensor:
-    """Bound on ‖s'' ⊙ (Ju) ⊙ (Ju)‖₂ over unit u, shape (1,): of Σ_k (b_k r_k)² t_k, where t = (Ju)² as in knapsack."""
+def _product(norm: Tensor, *factors: float) -> Tensor:
+    """Of positive numbers, in logarithms."""
+    return (norm.log() + sum(math.log(factor) for factor in factors)).exp()
+
+
+def _log_curvature_as_vector(forward: Forward, source: int, bend: Tensor) -> Tensor:
+    """Logarithm of a bound on ‖s'' ⊙ (Ju) ⊙ (Ju)‖₂ over unit u, shape (1,).
+
+    Its square is Σ_k (b_k r_k)² t_k, where t = (Ju)² as in knapsack.
+    """
     rows = forward.rows[source]
-    return knapsack((bend * rows).square().reshape(1, -1), rows.flatten(), forward.slopes[source]).sqrt()
+    weights = (bend * rows).flatten()
+    largest = weights.amax().clamp_min(TINY)
+    squares = (weights / largest).square().clamp_min(TINY)
+    return largest.log() + log_knapsack(squares[None], rows.flatten(), forward.slopes[source]) / 2
 
 
 def _pool_curvature(
@@ -200,7 +217,7 @@ def _largest_eigenvalue(network: MeasuredNetwork, forward: Forward, source: int,
     if not (isinstance(step.piece, Weight) and map_ is not None):
         return bound
     before = forward.slopes[step.inputs[0]]
-    return torch.minimum(bound, before * before * _weighted_norms(network, source, map_, c))
+    return torch.minimum(bound, (2 * math.log(before) + _log_weighted_norms(network, source, map_, c)).exp())
 
 
 def knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
@@ -224,24 +241,33 @@ def knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
         >>> knapsack(torch.tensor([[3.0, 1.0]]), torch.tensor([1.0, 2.0]), slope=1.5)
         tensor([4.2500])
     """
+    return log_knapsack(c, rows, slope).exp()
+
+
+def log_knapsack(c: Tensor, rows: Tensor, slope: float) -> Tensor:
+    """Its logarithm, in units of the largest c and of L, so that squares stay in the range of float64."""
     c, order = c.sort(dim=1, descending=True)
-    room = rows.square()[order]
-    used = torch.minimum((slope * slope - (room.cumsum(1) - room)).clamp_min(0), room)
-    return (c * used).sum(1)
+    largest = c[:, :1].clamp_min(TINY)
+    room = (rows / slope).clamp_max(1.0).square().clamp_min(TINY)[order]
+    used = torch.minimum((1 - (room.cumsum(1) - room)).clamp_min(0), room)
+    total = (c / largest * used).sum(1).clamp_min(TINY)
+    return total.log() + largest[:, 0].log() + 2 * math.log(slope)
 
 
-def _weighted_norms(network: MeasuredNetwork, i: int, map_: LinearMap, c: Tensor) -> Tensor:
-    """λ_max(Wᵀ diag(c) W) for each head, infinite where the layer is too large."""
+def _log_weighted_norms(network: MeasuredNetwork, i: int, map_: LinearMap, c: Tensor) -> Tensor:
+    """Logarithm of λ_max(Wᵀ diag(c) W) for each head, infinite where the layer is too large."""
     outputs, inputs = math.prod(network.shapes[i]), math.prod(network.input_shape(i))
     if outputs * inputs <= _DENSE_ENTRIES and min(outputs, inputs) <= _DENSE_SIDE:
         matrix = map_.matrix()
-        return torch.stack([_squared_norm(head.flatten().sqrt()[:, None] * matrix) for head in c])
+        return torch.stack([_log_squared_norm(head.flatten().sqrt()[:, None] * matrix) for head in c])
     return torch.full_like(c.flatten(1)[:, 0], math.inf)
 
 
-def _squared_norm(matrix: Tensor) -> Tensor:
+def _log_squared_norm(matrix: Tensor) -> Tensor:
+    scale = matrix.abs().max().clamp_min(TINY)
+    matrix = matrix / scale
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram)[-1].clamp_min(0)
+    return torch.linalg.eigvalsh(gram)[-1].clamp_min(TINY).log() + 2 * scale.log()
 
 
 def _as_tensor(end: float | Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from lightning_lcnn.bounds.rules.pieces import (
 
 Transform = Callable[[Tensor], Tensor]
 Function = Callable[[Tensor, Transform], Tensor]  # (x of shape (H, …), transform of the coefficients) -> (H, …)
+# Added to what stands for at least a norm, so that a product that left the range of float64 is never below the truth:
+# nine layers of 1e-40 and nine of 1e40 are the identity, of slope 1.
+TINY = 1e-300
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -56,7 +59,8 @@ def forward_pass(network: MeasuredNetwork) -> Forward:
             map_ = linear_map(step.piece, network.input_shape(i), network.shapes[i])
             slope = float(network.bounds[i].slope) * slopes[step.inputs[0]]
             row = _rows(network, i, map_, slope, slopes[step.inputs[0]], rows[step.inputs[0]])
-        slopes.append(min(slope, float(torch.linalg.vector_norm(row))))
+        row = row + TINY
+        slopes.append(min(slope + TINY, float(norm_of(row))))
         rows.append(row.clamp_max(slopes[-1]))
         maps.append(map_)
     return Forward(tuple(slopes), tuple(rows), tuple(maps))
@@ -137,18 +141,30 @@ class LinearMap:
     def row_norms(self) -> Tensor:
         """Euclidean norm of every row, shaped like the output without batch."""
         ones = torch.ones(self.input_shape, dtype=torch.float64)
-        return self.function(ones, torch.square)[0].sqrt()
+        return self.function(ones, squared)[0].sqrt()
 
     @cached_property
     def column_norms(self) -> Tensor:
         """Euclidean norm of every column, shaped like the input without batch."""
-        return self.adjoint(torch.ones(self.output_shape, dtype=torch.float64), torch.square)[0].clamp_min(0).sqrt()
+        return self.adjoint(torch.ones(self.output_shape, dtype=torch.float64), squared)[0].clamp_min(0).sqrt()
 
     def matrix(self) -> Tensor:
         """The map as a dense matrix (outputs, inputs)."""
         size = torch.Size(self.input_shape[1:]).numel()
         eye = torch.eye(size, dtype=torch.float64).view(size, *self.input_shape[1:])
         return self.function(eye, plain).flatten(1).T
+
+
+def squared(matrix: Tensor) -> Tensor:
+    """Squares, where what would vanish counts as 1e-150 instead."""
+    return matrix.square().clamp_min(TINY)
+
+
+def norm_of(rows: Tensor, heads: int = 0) -> Tensor:
+    """Euclidean norm over all but the first ``heads`` dimensions, of numbers whose squares may leave float64."""
+    flat = rows.abs().flatten(heads)
+    largest = flat.amax(-1, keepdim=True).clamp_min(TINY) if flat.numel() else flat.new_ones(*flat.shape[:-1], 1)
+    return largest.squeeze(-1) * torch.linalg.vector_norm(flat / largest, dim=-1)
 
 
 def plain(matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_choice
 from lightning_lcnn.bounds.backward import Gradient, any_direction, backward_pass, direction
-from lightning_lcnn.bounds.forward import forward_pass
+from lightning_lcnn.bounds.forward import forward_pass, norm_of
 from lightning_lcnn.bounds.graph import Leaf, Node, Recursion, shares
 from lightning_lcnn.bounds.measured import MeasuredNetwork, measure
 from lightning_lcnn.bounds.rules.pieces import Concat, Shape, Sum
@@ -170,7 +170,7 @@ def _heads(shape: Shape) -> Gradient:
 
 def _over_directions(values: Tensor) -> float:
     """The bound over unit directions from those of :func:`_heads`: the first, or the others' root-sum-square."""
-    single = float(torch.linalg.vector_norm(values[1:])) if len(values) > 1 else math.inf
+    single = float(norm_of(values[1:])) if len(values) > 1 else math.inf
     return min(float(values[0]), single) * INFLATION
 
 

@@ -105,10 +105,12 @@ class Recorder(DispatchMode):
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Answer a call of a module: as one node where it may stay whole, else by running its forward."""
+        if self._written_inside is not None:  # parts of a whole module, whose tensors nobody follows
+            return original(module, *args, **kwargs)
         path = self._paths.get(id(module))
         tensors = [t for t in outputs_of((*args, *kwargs.values())) if isinstance(t, Tensor)]
         reads_input = any(self.ref(t).node in self.dependent for t in tensors)
-        whole = self._written_inside is None and path is not None and reads_input
+        whole = path is not None and reads_input
         if whole and path is not None and self._keeps(module) and is_intact(module):
             return self._call_whole(original, module, path, args, kwargs)
         self._stack.append(f"{self._stack[-1]}.({type(module).__name__})" if path is None else path)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lcnn.bounds import network_bound
+from lightning_lcnn.bounds import direction_bounds, network_bound
 from lightning_lcnn.layers import CenteredSoftplus
 from tests.bounds.ascent import slope_by_values
 
@@ -313,3 +313,19 @@ def test_models_in_other_types() -> None:
     exact = network_bound(net.double(), torch.randn(1, 3, dtype=torch.float64)).slope
     for dtype in (torch.float32, torch.bfloat16):
         assert network_bound(net.to(dtype), torch.randn(1, 3, dtype=dtype)).slope == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(("scale", "count"), [(1e20, 9), (1e40, 9), (1e170, 1), (1e-170, 1), (1e-40, 5)])
+def test_products_that_leave_the_range_of_float64_are_never_below_the_truth(scale: float, count: int) -> None:
+    layers: list[nn.Module] = [nn.Linear(2, 2, bias=False).double() for _ in range(2 * count)]
+    for i, layer in enumerate(layers):
+        nn.init.eye_(layer.weight).data.mul_(1 / scale if i < count else scale)
+    x = torch.randn(1, 2, dtype=torch.float64)
+    for net in (nn.Sequential(*layers), nn.Sequential(*layers, nn.Tanh()), nn.Sequential(*layers, nn.Softplus())):
+        fast, tight = (network_bound(net.eval(), x, method) for method in ("fast", "tight"))
+        slope = 0.5 if isinstance(net[-1], nn.Softplus) else 1.0
+        assert slope * (1 - 1e-9) <= tight.slope <= fast.slope == pytest.approx(1.0, rel=1e-4)
+        if isinstance(net[-1], nn.Tanh):
+            assert 0.7698 <= tight.curvature <= fast.curvature
+        heads = direction_bounds(net, x, torch.eye(2))
+        assert (heads.slope >= slope * (1 - 1e-9)).all()
