@@ -190,7 +190,7 @@ def _call_layer(node: Layer, model: nn.Module, lookup: Callable[[Ref], Any]) -> 
     args, kwargs = substitute(node.args, lookup), {k: substitute(v, lookup) for k, v in node.kwargs}
     if node.writes:
         args = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    return outputs_of(module(*args, **kwargs))
+    return outputs_of(type(module).forward(module, *args, **kwargs))  # what its hooks do is recorded beside it
 
 
 def outputs_of(result: Any) -> list[Any]:

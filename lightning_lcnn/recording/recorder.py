@@ -30,7 +30,7 @@ from lightning_lcnn.recording.nodes import (
     outputs_of,
     references,
 )
-from lightning_lcnn.recording.wholes import is_intact
+from lightning_lcnn.recording.wholes import is_intact, is_intact_between_hooks
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -111,8 +111,9 @@ class Recorder(DispatchMode):
         tensors = [t for t in outputs_of((*args, *kwargs.values())) if isinstance(t, Tensor)]
         reads_input = any(self.ref(t).node in self.dependent for t in tensors)
         whole = path is not None and reads_input
-        if whole and path is not None and self._keeps(module) and is_intact(module):
-            return self._call_whole(original, module, path, args, kwargs)
+        if whole and path is not None and self._keeps(module) and is_intact_between_hooks(module):
+            call = self._call_whole if is_intact(module) else self._call_between_hooks
+            return call(original, module, path, args, kwargs)
         self._stack.append(f"{self._stack[-1]}.({type(module).__name__})" if path is None else path)
         try:
             return original(module, *args, **kwargs)
@@ -120,6 +121,30 @@ class Recorder(DispatchMode):
             self.failed = self.failed or self.place()
             raise
         finally:
+            self._stack.pop()
+
+    def _call_between_hooks(
+        self, original: Callable[..., Any], module: nn.Module, path: str, args: Any, kwargs: Any
+    ) -> Any:
+        """The layer as one node, and what its hooks do before and after it as operations.
+
+        For the length of the call ``forward`` on the instance is ours, which torch calls between the hooks. Where a
+        hook has set an attribute, as those that compute a weight do, the layer's operations are recorded instead.
+        """
+        before = _attributes(module)
+
+        def forward(*inner: Any, **given: Any) -> Any:
+            del module.__dict__["forward"]
+            if _attributes(module) != before:
+                return type(module).forward(module, *inner, **given)
+            return self._call_whole(type(module).forward, module, path, inner, given)
+
+        module.__dict__["forward"] = forward
+        self._stack.append(path)
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            module.__dict__.pop("forward", None)
             self._stack.pop()
 
     def _call_whole(self, original: Callable[..., Any], module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
@@ -403,3 +428,9 @@ def _line() -> str:
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def _attributes(module: nn.Module) -> dict[str, int]:
+    """Which objects the module holds, by name; parameters and buffers included, hooks not."""
+    own = {name: id(value) for name, value in module.__dict__.items() if not isinstance(value, dict)}
+    return own | {name: id(value) for name, value in (*module._parameters.items(), *module._buffers.items())}

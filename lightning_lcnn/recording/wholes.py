@@ -19,14 +19,25 @@ def is_intact(module: nn.Module) -> bool:
     False with hooks (weight norm, spectral norm and pruning are hooks too), with parametrizations, with a method
     replaced on the instance, or a ``forward`` that was put into the class from another package.
     """
-    return not has_global_hooks() and all(map(_is_plain, module.modules()))
+    return not has_global_hooks() and not _is_hooked(module) and is_intact_between_hooks(module)
+
+
+def is_intact_between_hooks(module: nn.Module) -> bool:
+    """Whether the module's ``forward``, without the hooks before and after it, is that of its class alone."""
+    parts = [part for part in module.modules() if part is not module]
+    if parts and (has_global_hooks() or any(map(_is_hooked, parts))):
+        return False
+    return all(map(_is_plain, module.modules()))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(hook_tables(module, forward_only=True).values())
 
 
 def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     replaced = any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items())
-    hooked = any(hook_tables(module, forward_only=True).values())
-    return not (replaced or hooked or parametrize.is_parametrized(module)) and _defines_its_forward(kind)
+    return not (replaced or parametrize.is_parametrized(module)) and _defines_its_forward(kind)
 
 
 def _defines_its_forward(kind: type[nn.Module]) -> bool:
