@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lcnn._checks import check_int
+from lightning_lcnn._compat import hook_tables
 from lightning_lcnn.functional.conv_norm import conv_norm_bound, matrix_norm_bound
 from lightning_lcnn.functional.singular_vectors import (
     conv_geometry,
@@ -59,7 +60,8 @@ def operator_norm_bound(layer: nn.Module, input_shape: Sequence[int]) -> float:
 
     Raises:
         TypeError: when the class of ``layer`` is not known.
-        ValueError: when ``input_shape`` or the layer's padding mode does not fit.
+        ValueError: when ``input_shape`` or the layer's padding mode does not fit, or the layer has hooks (weight norm
+            and pruning are hooks) or a replaced ``forward``.
 
     Source:
         Ours.
@@ -138,6 +140,12 @@ def _checked_weight(layer: nn.Module, input_shape: Sequence[int]) -> Tensor:
         raise TypeError(
             f"`layer` must be exactly one of {known}, got {type(layer).__name__}; a class that computes the same "
             "with another weight can be added by `register_linear_layer`."
+        )
+    if any(hook_tables(layer, forward_only=True).values()) or "forward" in vars(layer):
+        raise ValueError(
+            f"`layer` ({type(layer).__name__}) has hooks or a `forward` of its own, so its weight alone does not say "
+            "what it computes: make weight norm, spectral norm or pruning permanent (torch.nn.utils.remove_weight_norm, "
+            "torch.nn.utils.prune.remove, ...), or take the norm of a copy without hooks."
         )
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(

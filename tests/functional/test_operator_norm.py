@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_lcnn.functional import (
     conv_norm_bound,
@@ -241,3 +242,17 @@ def test_registered_class_is_bounded():
     layer = Tripled(4, 5)
     expected = 3 * torch.linalg.matrix_norm(layer.weight.double(), 2).item()
     assert operator_norm_bound(layer, (4,)) == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("norm", [operator_norm_bound, operator_norm_estimate])
+def test_a_weight_that_does_not_say_what_is_computed_is_refused(norm):
+    hooked, replaced, pruned = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    hooked.register_forward_hook(lambda layer, args, output: 10 * output)
+    replaced.forward = lambda x: 10 * x
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    for layer in (hooked, replaced, pruned):
+        with pytest.raises(ValueError, match="has hooks or a `forward` of its own"):
+            norm(layer, (3,))
+    prune.remove(pruned, "weight")
+    largest = torch.linalg.matrix_norm(pruned.weight, 2).item()
+    assert norm(pruned, (3,)) == pytest.approx(largest, rel=1e-4)
