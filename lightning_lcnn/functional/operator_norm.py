@@ -144,8 +144,8 @@ def _checked_weight(layer: nn.Module, input_shape: Sequence[int]) -> Tensor:
     if any(hook_tables(layer, forward_only=True).values()) or "forward" in vars(layer):
         raise ValueError(
             f"`layer` ({type(layer).__name__}) has hooks or a `forward` of its own, so its weight alone does not say "
-            "what it computes: make weight norm, spectral norm or pruning permanent (torch.nn.utils.remove_weight_norm, "
-            "torch.nn.utils.prune.remove, ...), or take the norm of a copy without hooks."
+            "what it computes: make weight norm, spectral norm or pruning permanent (nn.utils.remove_weight_norm, "
+            "nn.utils.prune.remove, ...), or take the norm of a copy without hooks."
         )
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(
