@@ -54,8 +54,8 @@ EXPECTED = {
         "torchvision maxvit_t",
         "timm deit_tiny_patch16_224",
         "timm test_coatnet",
+        "timm test_vit4",
     ),
-    ("refused: not traced", "sum_log"): ("timm test_vit4",),  # its position embedding branches on a value
     ("refused: `var`", "sum_log"): ("timm test_efficientnet_evos",),  # a norm that divides by its input's own variance
 }
 CASES = {name: (*outcome, name) for outcome, names in EXPECTED.items() for name in names}
